@@ -1,0 +1,1 @@
+"""What every endpoint that others call shares: keys, bodies, and errors in the caller's own format."""

@@ -1,0 +1,409 @@
+"""Every other system: the accounts at them, the keys they call with, and what each knows of each customer."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+import string
+from collections.abc import Mapping
+from datetime import datetime
+from typing import ClassVar
+from urllib.parse import urlsplit
+
+import orjson
+from django.db import models
+from django.db.models import F, Q
+
+from connectors.sealing import seal, unseal
+from connectors.states import PARKED, STATUSES, LinkState, Status
+from customers.ids import public_id, uuid7
+from customers.models import Customer, CustomerChange, Organization
+
+
+class Connection(models.Model):
+    """One account at one system."""
+
+    class Direction(models.TextChoices):
+        CALLS_US = "calls_us", "It calls the hub"
+        PUSH = "push", "The hub sends to it"
+        PULL = "pull", "The hub reads from it"
+        PUSH_AND_PULL = "push_and_pull", "The hub sends to it and reads from it"
+
+    class State(models.TextChoices):
+        ACTIVE = "active", "Healthy"
+        PAUSED = "paused", "Paused"
+        NEEDS_REAUTH = "needs_reauth", "Needs login"
+
+    class ConflictPolicy(models.TextChoices):
+        HUB_WINS = "hub_wins", "The hub wins"
+        PROVIDER_WINS = "provider_wins", "The system wins"
+
+    class CreatePolicy(models.TextChoices):
+        BY_HAND = "by_hand", "When somebody pushes them"
+        AUTOMATIC = "automatic", "As soon as they are in the hub"
+
+    PUSHING: ClassVar = (Direction.PUSH, Direction.PUSH_AND_PULL)
+    PULLING: ClassVar = (Direction.PULL, Direction.PUSH_AND_PULL)
+
+    uid = models.UUIDField(default=uuid7, unique=True, editable=False)
+    organization = models.ForeignKey(
+        Organization, on_delete=models.PROTECT, related_name="connections", db_index=False
+    )
+    provider = models.CharField(max_length=32, help_text="The API that this system speaks.")
+    name = models.CharField(max_length=100, help_text="Names the connection on screens and in commands.")
+    account = models.CharField(
+        max_length=128,
+        blank=True,
+        help_text="The account there: corporation_id (Commenda), merchant id (Cheqpay), company_id (RootFi).",
+    )
+    direction = models.CharField(max_length=16, choices=Direction, default=Direction.PUSH)
+    base_url = models.URLField(
+        blank=True,
+        max_length=500,
+        help_text="Where the API is, with its base path. A change of host clears the credentials.",
+    )
+    credentials = models.TextField(blank=True, editable=False)
+    options = models.JSONField(
+        default=dict, blank=True, help_text="What differs from the documented behaviour at this account."
+    )
+    conflict_policy = models.CharField(
+        max_length=16, choices=ConflictPolicy, default=ConflictPolicy.HUB_WINS,
+        help_text="Who wins where both sides changed the same field. Either way the change log keeps all values.",
+    )
+    create_policy = models.CharField(
+        "new customers are sent", max_length=16, choices=CreatePolicy, default=CreatePolicy.BY_HAND
+    )
+    pull_interval = models.PositiveIntegerField(
+        null=True, blank=True, help_text="Seconds between pulls. Empty: only when somebody pulls."
+    )
+    state = models.CharField(max_length=16, choices=State, default=State.ACTIVE)
+    state_reason = models.CharField(max_length=500, blank=True)
+    not_before = models.DateTimeField(null=True, blank=True, editable=False)
+    next_pull_at = models.DateTimeField(null=True, blank=True, editable=False)
+    checkpoint = models.JSONField(default=dict, blank=True, editable=False)
+    pull_token = models.CharField(max_length=32, blank=True, editable=False)
+    pull_until = models.DateTimeField(null=True, blank=True, editable=False)
+    created_at = models.DateTimeField(auto_now_add=True)
+    updated_at = models.DateTimeField(auto_now=True)
+
+    class Meta:
+        ordering = ["name"]
+        constraints = [
+            models.UniqueConstraint(fields=["organization", "provider", "account"], name="one_connection_per_account"),
+            models.UniqueConstraint(fields=["organization", "name"], name="one_connection_per_name"),
+        ]
+        permissions = [("pull_connection", "Can pull customers from a connection")]
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def public_id(self) -> str:
+        return public_id("con", self.uid)
+
+    @property
+    def calls_us(self) -> bool:
+        return self.direction == self.Direction.CALLS_US
+
+    @property
+    def pushes(self) -> bool:
+        return self.direction in self.PUSHING
+
+    @property
+    def pulls(self) -> bool:
+        return self.direction in self.PULLING
+
+    def _context(self) -> str:
+        # Bound to the host: a changed address cannot be sent credentials that were meant for another.
+        address = urlsplit(self.base_url)
+        return f"connection/{self.uid}/{address.scheme}://{address.netloc}"
+
+    def seal_credentials(self, values: Mapping[str, str]) -> None:
+        """Replace the credentials; the caller saves. An empty mapping clears them."""
+        self.credentials = seal(orjson.dumps(dict(values)).decode(), context=self._context()) if values else ""
+
+    def unseal_credentials(self) -> dict[str, str]:
+        """The credentials as entered. Raises sealing.UnsealError when key or host have changed since."""
+        if not self.credentials:
+            return {}
+        values: dict[str, str] = orjson.loads(unseal(self.credentials, context=self._context()))
+        return values
+
+
+class ApiKey(models.Model):
+    """What a system calls the hub with. The key itself is shown once and kept as a hash."""
+
+    SCOPES: ClassVar = ("customers:read", "customers:write", "connections:read", "connections:write")
+
+    organization = models.ForeignKey(Organization, on_delete=models.CASCADE, related_name="api_keys")
+    name = models.CharField(max_length=100, help_text="Who uses it. Shown in the change history.")
+    scopes = models.JSONField(default=list, help_text="What it may do: " + ", ".join(SCOPES))
+    prefix = models.CharField(max_length=16, editable=False)
+    hash = models.CharField(max_length=64, editable=False, unique=True)
+    expires_at = models.DateTimeField(null=True, blank=True)
+    last_used_at = models.DateTimeField(null=True, blank=True, editable=False)
+    revoked_at = models.DateTimeField(null=True, blank=True, editable=False)
+    created_at = models.DateTimeField(auto_now_add=True)
+
+    class Meta:
+        ordering = ["name"]
+        verbose_name = "API key"
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.prefix}…)"
+
+    @staticmethod
+    def hashed(key: str) -> str:
+        return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
+
+    @classmethod
+    def issue(
+        cls,
+        *,
+        organization: Organization,
+        name: str,
+        scopes: list[str] | None = None,
+        expires_at: datetime | None = None,
+    ) -> tuple[ApiKey, str]:
+        """A stored key and the secret that is never seen again."""
+        secret = f"hub_{secrets.token_urlsafe(32)}"
+        key = cls.objects.create(
+            organization=organization,
+            name=name,
+            scopes=list(cls.SCOPES) if scopes is None else scopes,
+            prefix=secret[:10],
+            hash=cls.hashed(secret),
+            expires_at=expires_at,
+        )
+        return key, secret
+
+    @classmethod
+    def find(cls, secret: str, *, now: datetime) -> ApiKey | None:
+        """The usable key with this secret, its organization loaded; None for a blank, unknown, expired or revoked one."""
+        if not secret:
+            return None
+        wanted = cls.hashed(secret)
+        key = cls.objects.select_related("organization").filter(hash=wanted).first()
+        if key is None or not hmac.compare_digest(key.hash, wanted):
+            return None
+        if key.revoked_at or (key.expires_at and key.expires_at <= now):
+            return None
+        return key
+
+
+class SyncRun(models.Model):
+    """One pull, push, import or API batch, with totals that add up to `planned` when it has ended."""
+
+    class Kind(models.TextChoices):
+        PUSH = "push", "Push"
+        PULL = "pull", "Pull"
+        IMPORT = "import", "Import"
+        RECEIVE = "receive", "API batch"
+        SYNC = "sync", "Sync"
+
+    class State(models.TextChoices):
+        QUEUED = "queued", "Queued"
+        RUNNING = "running", "Running"
+        SUCCEEDED = "succeeded", "Succeeded"
+        PARTLY = "partly_succeeded", "Partly succeeded"
+        FAILED = "failed", "Failed"
+        CANCELLED = "cancelled", "Cancelled"
+
+    TOTALS: ClassVar = ("created", "updated", "unchanged", "refused", "retrying", "uncertain", "skipped")
+
+    public_id = models.CharField(max_length=16, unique=True, editable=False)
+    organization = models.ForeignKey(Organization, on_delete=models.PROTECT, related_name="runs")
+    connection = models.ForeignKey(
+        Connection, null=True, blank=True, on_delete=models.CASCADE, related_name="runs"
+    )
+    kind = models.CharField(max_length=16, choices=Kind)
+    state = models.CharField(max_length=20, choices=State, default=State.QUEUED)
+    actor_kind = models.CharField(max_length=16, choices=CustomerChange.Actor)
+    actor_id = models.CharField(max_length=64, blank=True)
+    actor_name = models.CharField(max_length=200)
+    request_id = models.CharField(max_length=64, blank=True)
+    request = models.JSONField(default=dict, help_text="What was asked for.")
+    planned = models.PositiveIntegerField(default=0)
+    created = models.PositiveIntegerField(default=0)
+    updated = models.PositiveIntegerField(default=0)
+    unchanged = models.PositiveIntegerField(default=0)
+    refused = models.PositiveIntegerField(default=0)
+    retrying = models.PositiveIntegerField(default=0)
+    uncertain = models.PositiveIntegerField(default=0)
+    skipped = models.PositiveIntegerField(default=0)
+    problems = models.JSONField(default=list, help_text="The first hundred records that need attention, and why.")
+    error = models.CharField(max_length=500, blank=True)
+    created_at = models.DateTimeField(auto_now_add=True)
+    updated_at = models.DateTimeField(auto_now=True)
+    started_at = models.DateTimeField(null=True, blank=True)
+    finished_at = models.DateTimeField(null=True, blank=True)
+
+    class Meta:
+        ordering = ["-id"]
+        indexes = [
+            models.Index(fields=["state", "id"], name="run_queue", condition=Q(state__in=("queued", "running"))),
+        ]
+        default_permissions = ("view",)
+
+    def __str__(self) -> str:
+        return f"{self.get_kind_display()} {self.public_id}"
+
+    @staticmethod
+    def new_public_id() -> str:
+        return "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(16))
+
+    @property
+    def total(self) -> int:
+        """How many records have an outcome."""
+        return sum(getattr(self, name) for name in self.TOTALS)
+
+
+class CustomerLink(models.Model):
+    """This customer in that system.
+
+    Dirty when `pushed_version < needed_version`; due when it is dirty and `next_attempt_at` has come. A parked link has
+    no `next_attempt_at`.
+    """
+
+    uid = models.UUIDField(default=uuid7, unique=True, editable=False)
+    customer = models.ForeignKey(Customer, on_delete=models.PROTECT, related_name="links")
+    connection = models.ForeignKey(
+        Connection, on_delete=models.PROTECT, related_name="links", db_index=False
+    )
+    remote_id = models.CharField(max_length=255, null=True, blank=True)  # noqa: DJ001 # NULL until known; "" would collide
+    remote_data = models.JSONField(default=dict, blank=True, help_text="The document last seen, as it came.")
+    base_local = models.JSONField(default=dict, help_text="The mapped fields as sent.")
+    base_remote = models.JSONField(default=dict, help_text="The mapped fields as the system stored them.")
+    remote_revision = models.CharField(max_length=255, blank=True)
+    remote_created_at = models.DateTimeField(null=True, blank=True)
+    sync_seq = models.PositiveIntegerField(default=0)
+    pushed_version = models.PositiveIntegerField(default=0)
+    needed_version = models.PositiveIntegerField(default=0)
+    is_primary = models.BooleanField(
+        "leading", default=False, help_text="Stands for the customer where a format shows one source only."
+    )
+    is_duplicate = models.BooleanField(
+        default=False, help_text="A second record of one customer in one system; never pushed."
+    )
+    is_active = models.BooleanField(default=True)
+    state = models.CharField(max_length=16, choices=LinkState, default=LinkState.OPEN)
+    error = models.CharField(max_length=500, blank=True)
+    error_field = models.CharField(max_length=64, blank=True)
+    attempts = models.PositiveIntegerField(default=0)
+    next_attempt_at = models.DateTimeField(null=True, blank=True)
+    lease_token = models.CharField(max_length=32, blank=True)
+    lease_until = models.DateTimeField(null=True, blank=True)
+    run = models.ForeignKey(
+        SyncRun, null=True, blank=True, on_delete=models.SET_NULL, related_name="links",
+        help_text="The run that waits for the outcome of this link.",
+    )
+    synced_at = models.DateTimeField(null=True, blank=True)
+    deleted_at = models.DateTimeField(null=True, blank=True, help_text="Set: this link is a tombstone.")
+    created_at = models.DateTimeField()
+    updated_at = models.DateTimeField()
+
+    class Meta:
+        constraints = [
+            models.UniqueConstraint(fields=["connection", "remote_id"], name="one_link_per_remote_id"),
+            models.UniqueConstraint(
+                fields=["connection", "customer"],
+                condition=Q(is_duplicate=False),
+                name="one_link_per_customer_and_connection",
+            ),
+            models.UniqueConstraint(
+                fields=["customer"], condition=Q(is_primary=True), name="one_primary_link_per_customer"
+            ),
+        ]
+        indexes = [
+            models.Index(fields=["connection", "id"], name="link_page"),
+            models.Index(fields=["connection", "next_attempt_at"], name="link_due",
+                condition=Q(pushed_version__lt=F("needed_version"), next_attempt_at__isnull=False),
+            ),
+            models.Index(fields=["remote_id"], name="link_remote_id"),
+        ]
+        default_permissions = ("view",)
+        permissions = [("push_customerlink", "Can push customers to connected systems")]
+
+    def __str__(self) -> str:
+        return f"{self.customer_id} in {self.connection_id}"
+
+    @property
+    def is_dirty(self) -> bool:
+        return self.pushed_version < self.needed_version
+
+    def status_key(self, *, now: datetime) -> str:
+        """The key in `states.STATUSES` that this link is shown as. Needs `connection` loaded."""
+        if self.is_duplicate:
+            return "duplicate"
+        if self.deleted_at:
+            return "remote_deleted"
+        if self.connection.calls_us:
+            return "calls_us"
+        if self.connection.state == Connection.State.NEEDS_REAUTH:
+            return "reconnect"
+        if self.connection.state == Connection.State.PAUSED:
+            return "paused"
+        if self.state in PARKED:
+            return str(self.state)
+        if self.lease_until and self.lease_until > now:
+            return "sending"
+        if not self.is_dirty:
+            return "in_sync"
+        return "retrying" if self.state == LinkState.RETRYING else "waiting"
+
+    def status(self, *, now: datetime) -> Status:
+        return STATUSES[self.status_key(now=now)]
+
+    def sentence(self, *, now: datetime) -> str:
+        """What is going on, in words for staff."""
+        shown = "%Y-%m-%d %H:%M:%S UTC"
+        return self.status(now=now).sentence.format(
+            system=self.connection.name,
+            time=self.synced_at.strftime(shown) if self.synced_at else "its creation",
+            next=self.next_attempt_at.strftime(shown) if self.next_attempt_at else "the next pass",
+            field=self.error_field or "the record",
+            error=self.error or self.connection.state_reason or "no reason given",
+        )
+
+
+class PushIntent(models.Model):
+    """What may have been sent. Committed before the first byte leaves, with the payload frozen."""
+
+    class Kind(models.TextChoices):
+        CREATE = "create", "Create"
+        UPDATE = "update", "Update"
+
+    class Outcome(models.TextChoices):
+        OPEN = "open", "Open"
+        OK = "ok", "Done"
+        FAILED = "failed", "Failed"
+        UNCERTAIN = "uncertain", "Uncertain"
+
+    link = models.ForeignKey(CustomerLink, on_delete=models.CASCADE, related_name="intents")
+    kind = models.CharField(max_length=8, choices=Kind)
+    key = models.UUIDField(default=uuid7, help_text="The idempotency key, where the system takes one.")
+    epoch = models.PositiveIntegerField(default=1)
+    payload = models.JSONField()
+    sent_values = models.JSONField(
+        help_text="The mapped fields of the customer that the payload was made of."
+    )
+    version = models.PositiveIntegerField(help_text="The customer's version that was read for it.")
+    outcome = models.CharField(max_length=16, choices=Outcome, default=Outcome.OPEN)
+    hold_until = models.DateTimeField(null=True, blank=True)
+    sent_at = models.DateTimeField()
+    answered_at = models.DateTimeField(null=True, blank=True)
+    status = models.PositiveSmallIntegerField(null=True, blank=True)
+    error = models.CharField(max_length=500, blank=True)
+    remote_request_id = models.CharField(max_length=128, blank=True)
+
+    class Meta:
+        indexes = [
+            models.Index(fields=["link"], name="intent_open", condition=Q(outcome__in=("open", "uncertain"))
+            ),
+        ]
+        default_permissions = ("view",)
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.key}"
+

@@ -1,0 +1,190 @@
+"""What a provider declares and must supply.
+
+A provider must supply `slug`, `label`, `fields`, `urls`, `headers`, `document`, `create` and `update`. Everything else has a
+working default: batches loop over single calls, and what a document does not offer says so in words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, ClassVar
+from uuid import UUID
+
+from django.urls import URLPattern
+
+from connectors.exceptions import ConnectorError, Rejected
+from connectors.models import Connection
+from connectors.outbound import Session
+from connectors.sealing import Secret
+from customers.models import Customer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One customer as a system describes it: what arrives by API call, pull or answer, read into the hub's fields.
+
+    `values` holds only what the document names: an absent field is unknown, not empty. At most one of `customer_id`,
+    `link_id` and `remote_id` says which record is meant; none of them means a new one.
+    """
+
+    values: Mapping[str, Any]
+    document: Mapping[str, Any] = field(default_factory=dict)
+    remote_id: str | None = None
+    link_id: int | None = None
+    customer_id: UUID | None = None
+    created_at: datetime | None = None
+    revision: str = ""
+    deleted: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outgoing:
+    """One customer on its way out. `document` is frozen: a repeat sends the same.
+
+    `remote_id` is None for a create. `uid` is the link's: the marker that a create carries where the format has room for
+    one. `key` is the idempotency key of this create or update.
+    """
+
+    uid: UUID
+    remote_id: str | None
+    key: UUID
+    document: Mapping[str, Any]
+    revision: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Page:
+    """A page of a provider's list. A record that cannot be read is the error that says why. `next` is None on the last."""
+
+    records: Sequence[Record | Rejected]
+    next: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capabilities:
+    """What a provider's document offers. What is not declared counts as absent.
+
+    upsert_external_id  a create carries our id, and repeating it changes nothing
+    marker_field        the record keeps our id where a look-up can find it ("strong" or "")
+    updates             a record can be changed
+    lists, fetches      records can be read, all or one
+    incremental         the list can be limited to what changed since a time
+    deletes             "call" when there is a delete endpoint, "flag" when lists show deleted records
+    batch               how many records one call takes; 1 where there is no batch call
+    max_request_life    seconds after which a timed-out request can no longer be applied
+    """
+
+    upsert_external_id: bool = False
+    marker_field: str = ""
+    updates: bool = True
+    lists: bool = False
+    fetches: bool = False
+    incremental: bool = False
+    deletes: str = ""
+    batch: int = 1
+    max_request_life: float = 120.0
+
+
+class Provider:
+    """One API that many systems speak, in both directions.
+
+    slug          the key in `Connection.provider` and in commands
+    label         the name shown to staff
+    documentation the address of the API's documentation
+    fields        the customer fields that its format carries
+    account_label what `Connection.account` is called there; "" where the credentials alone tell the account
+    credentials   the names of the credentials, in the order a form asks for them
+    options       names of the switches it understands in `Connection.options`, each with its explanation
+    base_url      an example of a base address, shown in forms
+    urls          the endpoints of the hub that mirror this API
+    """
+
+    slug: ClassVar[str]
+    label: ClassVar[str]
+    documentation: ClassVar[str] = ""
+    fields: ClassVar[frozenset[str]]
+    account_label: ClassVar[str] = ""
+    credentials: ClassVar[Sequence[str]] = ("api_key",)
+    options: ClassVar[Mapping[str, str]] = {}
+    base_url: ClassVar[str] = ""
+    urls: ClassVar[Sequence[URLPattern]] = ()
+
+    def headers(self, *, account: str, credentials: Mapping[str, str]) -> dict[str, str | Secret]:
+        """The authentication headers of a call."""
+        raise NotImplementedError
+
+    def capabilities(self, connection: Connection) -> Capabilities:
+        """What this account offers; its options may widen what the document promises."""
+        return Capabilities()
+
+    def document(
+        self, customer: Customer, *, connection: Connection, uid: UUID, fields: frozenset[str] | None
+    ) -> dict[str, Any]:
+        """The body that creates this customer there, or with `fields` the one that changes those.
+
+        Raises Rejected with the field and the reason when the document demands what the customer does not have.
+        """
+        raise NotImplementedError
+
+    def create(self, session: Session, connection: Connection, outgoing: Outgoing) -> Record:
+        """Create the record and return it as the provider stored it, with its `remote_id`. Raises ConnectorError."""
+        raise NotImplementedError
+
+    def update(self, session: Session, connection: Connection, outgoing: Outgoing) -> Record:
+        """Change the record and return it as the provider stored it. Raises ConnectorError."""
+        raise NotImplementedError
+
+    def create_many(
+        self, session: Session, connection: Connection, batch: Sequence[Outgoing]
+    ) -> list[Record | ConnectorError]:
+        """One answer per record, in order. A provider with a batch call overrides this."""
+        return each(batch, lambda outgoing: self.create(session, connection, outgoing))
+
+    def update_many(
+        self, session: Session, connection: Connection, batch: Sequence[Outgoing]
+    ) -> list[Record | ConnectorError]:
+        """One answer per record, in order. A provider with a batch call overrides this."""
+        return each(batch, lambda outgoing: self.update(session, connection, outgoing))
+
+    def fetch(self, session: Session, connection: Connection, remote_id: str) -> Record:
+        """The record as it is there now. Raises Gone when it is not there."""
+        raise Rejected(f"{self.label} documents no way to read one customer.", code="unsupported")
+
+    def page(
+        self,
+        session: Session,
+        connection: Connection,
+        *,
+        cursor: str | None,
+        since: datetime | None,
+        limit: int = 100,
+    ) -> Page:
+        """One page of the account's customers; `cursor` is the `next` of the page before."""
+        raise Rejected(f"{self.label} documents no way to list customers.", code="unsupported")
+
+    def session(self, connection: Connection, *, request_id: str = "", client: Any = None) -> Session:
+        """An authenticated way to this account. Raises sealing.UnsealError when its credentials cannot be read."""
+        return Session(
+            base_url=connection.base_url,
+            headers=self.headers(account=connection.account, credentials=connection.unseal_credentials()),
+            client=client,
+            request_id=request_id,
+        )
+
+
+def each(
+    batch: Sequence[Outgoing], send: Callable[[Outgoing], Record]
+) -> list[Record | ConnectorError]:
+    """Send one by one; one record's error never stops the rest."""
+    answers: list[Record | ConnectorError] = []
+    for outgoing in batch:
+        try:
+            answers.append(send(outgoing))
+        except ConnectorError as error:
+            answers.append(error)
+    return answers

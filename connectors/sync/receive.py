@@ -1,0 +1,269 @@
+"""The one door in: an API call, a pull and an import all arrive here, in batches; one record is a batch of one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from django.db import IntegrityError, transaction
+from django.utils import timezone
+
+from connectors.models import Connection, CustomerLink
+from connectors.provider import Record
+from connectors.states import LinkState
+from connectors.sync.merge import Merge, merge
+from customers import bulk, editing
+from customers.editing import Actor, UnknownCustomer
+from customers.ids import uuid7
+from customers.models import Customer, Organization
+
+CREATED, UPDATED, UNCHANGED = "created", "updated", "unchanged"
+# Two callers that create the same remote id at once: the loser starts over and finds the winner's record.
+TRIES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Received:
+    """What became of one record: `outcome` is created, updated or unchanged. `link` is None without a connection."""
+
+    outcome: str
+    customer: Customer
+    link: CustomerLink | None
+    merge: Merge | None = None
+
+
+def receive(
+    *,
+    organization: Organization,
+    connection: Connection | None,
+    records: Sequence[Record],
+    actor: Actor,
+    fields: frozenset[str] | None = None,
+    at: datetime | None = None,
+) -> list[Received]:
+    """Take records in, all or none, and answer for each in order. The number of statements is constant.
+
+    A record with a known `remote_id` (or with a `link_id` or `customer_id`) changes that customer; any other makes a
+    new one. Two records of one key in a batch count as one after the other.
+
+    With `fields` (a pull: the fields that the provider maps) each known record is merged three ways, so that an edit made
+    here is not lost. Without, the caller is the author and what it names is set.
+
+    Raises UnknownCustomer for an id that is not this organization's, InvalidCustomer for values no customer may have.
+    """
+    at = at or timezone.now()
+    for tried in range(1, TRIES + 1):
+        try:
+            with transaction.atomic():
+                return _receive(organization, connection, records, actor, fields, at)
+        except IntegrityError:
+            if tried == TRIES:
+                raise
+    raise AssertionError("unreachable")
+
+
+def _receive(
+    organization: Organization,
+    connection: Connection | None,
+    records: Sequence[Record],
+    actor: Actor,
+    fields: frozenset[str] | None,
+    at: datetime,
+) -> list[Received]:
+    links = _links(organization, connection, records)
+    wanted = {link.customer_id for link in links.values()}
+    wanted |= {record.customer_id for record in records if record.customer_id}
+    customers = editing.lock(organization=organization, ids=wanted) if wanted else {}
+    if links:
+        # Read again now that the customers are locked: a push may have answered in between.
+        ids = {link.pk for link in links.values()}
+        fresh = {link.pk: link for link in CustomerLink.objects.filter(pk__in=ids).order_by("pk").select_for_update()}
+        links = {key: fresh[link.pk] for key, link in links.items()}
+        if any(link.customer_id not in customers for link in links.values()):
+            raise IntegrityError("a link moved to another customer while it was read")
+
+    # Records of one key are folded into one, in order.
+    keys = [_key(record, position) for position, record in enumerate(records)]
+    folded: dict[Any, Record] = {}
+    for key, record in zip(keys, records, strict=True):
+        earlier = folded.get(key)
+        folded[key] = record if earlier is None else _fold(earlier, record)
+
+    new = {key: record for key, record in folded.items() if key not in links and not record.customer_id}
+    known = {key: record for key, record in folded.items() if key not in new}
+    created = editing.create(
+        organization=organization, values=[record.values for record in new.values()], actor=actor, at=at
+    )
+    merges: dict[Any, Merge] = {}
+    edits: dict[Any, Mapping[str, Any]] = {}
+    for key, record in known.items():
+        link = links.get(key)
+        customer_id = link.customer_id if link else record.customer_id
+        if fields is not None and link is not None and connection is not None:
+            merges[key] = merge(
+                local={name: getattr(customers[link.customer_id], name) for name in fields},
+                remote={name: value for name, value in record.values.items() if name in fields},
+                base_local=link.base_local,
+                base_remote=link.base_remote,
+                provider_wins=connection.conflict_policy == Connection.ConflictPolicy.PROVIDER_WINS,
+            )
+            values: Mapping[str, Any] = merges[key].take
+        else:
+            values = record.values
+        edits[customer_id] = {**edits.get(customer_id, {}), **values}
+    revived = [link.customer_id for key, link in links.items() if link.deleted_at and not folded[key].deleted]
+    if revived:
+        editing.restore(organization=organization, ids=revived, actor=actor, at=at)
+        customers = editing.lock(organization=organization, ids=wanted)
+    edited = (
+        editing.update(organization=organization, values=edits, actor=actor, at=at, locked=customers)
+        if edits
+        else {}
+    )
+
+    results: dict[Any, Received] = {}
+    fresh_links: list[CustomerLink] = []
+    for (key, record), customer in zip(new.items(), created, strict=True):
+        link = _new_link(customer, connection, record, at) if connection else None
+        if link is not None:
+            fresh_links.append(link)
+        results[key] = Received(outcome=CREATED, customer=customer, link=link)
+    for key, record in known.items():
+        link = links.get(key)
+        edit = edited[link.customer_id if link else record.customer_id]
+        if link is not None:
+            _take(link, record, edit.customer, merges.get(key), at)
+        results[key] = Received(
+            outcome=UPDATED if edit.changes or (link and link.customer_id in revived) else UNCHANGED,
+            customer=edit.customer,
+            link=link,
+            merge=merges.get(key),
+        )
+    bulk.insert(fresh_links)
+    if fresh_links:
+        made = dict(CustomerLink.objects.filter(uid__in=[link.uid for link in fresh_links]).values_list("uid", "pk"))
+        for link in fresh_links:
+            link.pk = made[link.uid]
+    bulk.update(list({link.pk: link for link in links.values()}.values()), TAKEN)
+    for result in results.values():
+        if result.link is not None and connection is not None:
+            result.link.customer = result.customer
+            result.link.connection = connection
+    return [results[key] for key in keys]
+
+
+# The columns of a link that an arriving record moves.
+TAKEN = (
+    "customer",
+    "remote_data",
+    "base_local",
+    "base_remote",
+    "remote_revision",
+    "remote_created_at",
+    "sync_seq",
+    "pushed_version",
+    "needed_version",
+    "next_attempt_at",
+    "state",
+    "error",
+    "error_field",
+    "attempts",
+    "synced_at",
+    "deleted_at",
+    "updated_at",
+)
+
+
+def _key(record: Record, position: int) -> Any:
+    if record.customer_id:
+        return ("customer", record.customer_id)
+    if record.link_id:
+        return ("link", record.link_id)
+    if record.remote_id is not None:
+        return ("remote", record.remote_id)
+    return ("new", position)
+
+
+def _fold(earlier: Record, later: Record) -> Record:
+    return Record(
+        values={**earlier.values, **later.values},
+        document={**earlier.document, **later.document},
+        remote_id=later.remote_id,
+        link_id=later.link_id,
+        customer_id=later.customer_id,
+        created_at=later.created_at or earlier.created_at,
+        revision=later.revision or earlier.revision,
+        deleted=later.deleted,
+    )
+
+
+def _links(
+    organization: Organization, connection: Connection | None, records: Sequence[Record]
+) -> dict[Any, CustomerLink]:
+    """The links that the records name, by record key."""
+    if connection is None:
+        return {}
+    rows = CustomerLink.objects.filter(connection=connection)
+    remote_ids = {record.remote_id for record in records if record.remote_id is not None}
+    link_ids = {record.link_id for record in records if record.link_id}
+    links: dict[Any, CustomerLink] = {}
+    if remote_ids:
+        links |= {("remote", link.remote_id): link for link in rows.filter(remote_id__in=remote_ids)}
+    if link_ids:
+        links |= {("link", link.pk): link for link in rows.filter(pk__in=link_ids)}
+        if any(("link", link_id) not in links for link_id in link_ids):
+            raise UnknownCustomer([])
+    return links
+
+
+def _json(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: "" if value is None else value for name, value in values.items()}
+
+
+def _new_link(customer: Customer, connection: Connection, record: Record, at: datetime) -> CustomerLink:
+    base = _json(record.values)
+    return CustomerLink(
+        uid=uuid7(),
+        customer=customer,
+        connection=connection,
+        remote_id=record.remote_id,
+        remote_data=dict(record.document),
+        base_local={name: getattr(customer, name) for name in base},
+        base_remote=base,
+        remote_revision=record.revision,
+        remote_created_at=record.created_at,
+        sync_seq=1,
+        pushed_version=customer.version,
+        needed_version=customer.version,
+        is_primary=True,
+        synced_at=at,
+        created_at=at,
+        updated_at=at,
+    )
+
+
+def _take(link: CustomerLink, record: Record, customer: Customer, merged: Merge | None, at: datetime) -> None:
+    """Move the link to what has just been received; it stays dirty only where the customer still differs."""
+    link.customer_id = customer.pk
+    link.remote_data = {**link.remote_data, **record.document}
+    if merged is None:
+        link.base_local = {**link.base_local, **{name: getattr(customer, name) for name in record.values}}
+        link.base_remote = {**link.base_remote, **_json(record.values)}
+        behind = False
+    else:
+        link.base_local, link.base_remote = merged.base_local, merged.base_remote
+        behind = any(getattr(customer, name) != value for name, value in merged.base_local.items())
+    link.remote_revision = record.revision or link.remote_revision
+    link.remote_created_at = record.created_at or link.remote_created_at
+    link.sync_seq += 1
+    link.synced_at = link.updated_at = at
+    link.deleted_at = at if record.deleted else None
+    if behind:
+        link.needed_version = customer.version
+        link.next_attempt_at = link.next_attempt_at or (at if link.state == LinkState.OPEN else None)
+    else:
+        link.pushed_version = link.needed_version = customer.version
+        link.next_attempt_at = None
+        link.state, link.error, link.error_field, link.attempts = LinkState.OPEN, "", "", 0

@@ -1,0 +1,202 @@
+"""Every setting, from the environment; each has a default that works on a laptop.
+
+`PRODUCTION=true` turns the defaults that are only safe on a laptop into errors at start-up. The README lists the variables.
+"""
+
+import ipaddress
+import os
+import secrets
+from base64 import urlsafe_b64encode
+from pathlib import Path
+from typing import Any
+
+import environ
+from django.core.exceptions import ImproperlyConfigured
+
+BASE_DIR = Path(__file__).resolve().parent.parent
+env = environ.Env()
+env.read_env(str(BASE_DIR / ".env"))
+
+PRODUCTION: bool = env.bool("PRODUCTION", default=False)
+DEBUG: bool = env.bool("DEBUG", default=False)
+DATA_DIR = Path(env.str("HUB_DATA", default=str(BASE_DIR / "data"))).expanduser().resolve()
+
+
+def kept_secret(name: str) -> str:
+    """A random key made on first use and kept in DATA_DIR, so that no laptop runs on a key that is in the source."""
+    path = DATA_DIR / name
+    if not path.exists():
+        DATA_DIR.mkdir(parents=True, exist_ok=True)
+        fresh = DATA_DIR / f".{name}.{os.getpid()}"
+        with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            file.write(urlsafe_b64encode(secrets.token_bytes(32)).decode())
+        try:
+            os.link(fresh, path)  # atomic: of two processes that start at once, one key is kept
+        except FileExistsError:
+            pass
+        finally:
+            fresh.unlink()
+    return path.read_text().strip()
+
+
+SECRET_KEY: str = env.str("SECRET_KEY", default="") or ("" if PRODUCTION else kept_secret("secret_key"))
+# Keys for connection credentials at rest: the first encrypts, all decrypt. 32 random bytes each, base64url.
+SEALING_KEYS: list[str] = env.list("SEALING_KEYS", default=[]) or (
+    [] if PRODUCTION else [kept_secret("sealing_key")]
+)
+ALLOWED_HOSTS: list[str] = env.list(
+    "ALLOWED_HOSTS", default=[] if PRODUCTION else ["localhost", "127.0.0.1", "[::1]"]
+)
+CSRF_TRUSTED_ORIGINS: list[str] = env.list("CSRF_TRUSTED_ORIGINS", default=[])
+
+DATABASES: dict[str, dict[str, Any]] = {
+    "default": env.db("DATABASE_URL", default=f"sqlite:///{DATA_DIR / 'hub.sqlite3'}")
+}
+if DATABASES["default"]["ENGINE"] == "django.db.backends.sqlite3":
+    DATABASES["default"]["CONN_MAX_AGE"] = None
+    DATABASES["default"]["OPTIONS"] = {
+        # IMMEDIATE takes the write lock at BEGIN: a read that turns into a write can then never fail with "locked".
+        "transaction_mode": "IMMEDIATE",
+        "timeout": 20,
+        "init_command": "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;",
+    }
+else:
+    # A connection per request costs PostgreSQL more than the request itself; the pool removes it.
+    DATABASES["default"]["OPTIONS"] = {
+        "pool": {
+            "min_size": env.int("DATABASE_POOL_MIN", default=1),
+            "max_size": env.int("DATABASE_POOL_MAX", default=16),
+            "timeout": 20,
+        }
+    }
+DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
+
+INSTALLED_APPS = [
+    "unfold",
+    "django.contrib.admin",
+    "django.contrib.auth",
+    "django.contrib.contenttypes",
+    "django.contrib.sessions",
+    "django.contrib.messages",
+    "django.contrib.staticfiles",
+    "rest_framework",
+    "customers",
+    "connectors",
+]
+# Sessions, CSRF, log-in and messages are for people in the admin; the API paths carry none of them.
+MIDDLEWARE = [
+    "hub.middleware.RequestIdMiddleware",
+    "django.middleware.security.SecurityMiddleware",
+    "hub.middleware.AdminStaticMiddleware",
+    "hub.middleware.AdminSessionMiddleware",
+    "hub.middleware.AdminCommonMiddleware",
+    "hub.middleware.AdminCsrfMiddleware",
+    "hub.middleware.AdminAuthenticationMiddleware",
+    "hub.middleware.AdminMessageMiddleware",
+    "django.middleware.clickjacking.XFrameOptionsMiddleware",
+]
+ROOT_URLCONF = "hub.urls"
+WSGI_APPLICATION = "hub.wsgi.application"
+APPEND_SLASH = False
+TEMPLATES = [
+    {
+        "BACKEND": "django.template.backends.django.DjangoTemplates",
+        "APP_DIRS": True,
+        "OPTIONS": {
+            "context_processors": [
+                "django.template.context_processors.request",
+                "django.contrib.auth.context_processors.auth",
+                "django.contrib.messages.context_processors.messages",
+            ]
+        },
+    }
+]
+
+# Bodies over this many bytes are refused before they are read.
+DATA_UPLOAD_MAX_MEMORY_SIZE = 1024 * 1024
+DATA_UPLOAD_MAX_NUMBER_FIELDS = 20_000
+
+REST_FRAMEWORK: dict[str, Any] = {
+    "DEFAULT_AUTHENTICATION_CLASSES": [],
+    "DEFAULT_PERMISSION_CLASSES": [],
+    "DEFAULT_RENDERER_CLASSES": ["connectors.inbound.bodies.JSONRenderer"],
+    "DEFAULT_PARSER_CLASSES": ["connectors.inbound.bodies.JSONParser"],
+    "UNAUTHENTICATED_USER": None,
+    "UNAUTHENTICATED_TOKEN": None,
+}
+
+AUTH_PASSWORD_VALIDATORS = [
+    {"NAME": f"django.contrib.auth.password_validation.{name}"}
+    for name in ("UserAttributeSimilarityValidator", "MinimumLengthValidator", "CommonPasswordValidator")
+]
+
+LANGUAGE_CODE = "en"
+TIME_ZONE = "UTC"
+USE_TZ = True
+USE_I18N = True
+STATIC_URL = "static/"
+STATIC_ROOT = BASE_DIR / "staticfiles"
+# Serves the admin's files from the installed packages: nothing to collect before the first start.
+WHITENOISE_USE_FINDERS = True
+WHITENOISE_AUTOREFRESH = False
+
+# Outgoing calls go to public https addresses unless the operator lists a network here (CIDR) or allows http.
+ALLOWED_PRIVATE_NETWORKS: list[str] = env.list("ALLOWED_PRIVATE_NETWORKS", default=[])
+ALLOW_HTTP_TARGETS: bool = env.bool("ALLOW_HTTP_TARGETS", default=False)
+ALLOWED_TARGET_PORTS: list[int] = env.list("ALLOWED_TARGET_PORTS", cast=int, default=[443, 8443])
+
+# An edit waits this long before it is pushed, so that typing does not become ten pushes. "Push now" does not wait.
+PUSH_DEBOUNCE_SECONDS: float = env.float("PUSH_DEBOUNCE_SECONDS", default=2.0)
+
+SESSION_COOKIE_AGE = 12 * 60 * 60
+SESSION_COOKIE_HTTPONLY = True
+X_FRAME_OPTIONS = "DENY"
+SECURE_CONTENT_TYPE_NOSNIFF = True
+if PRODUCTION:
+    SESSION_COOKIE_SECURE = CSRF_COOKIE_SECURE = True
+    SECURE_SSL_REDIRECT = env.bool("SECURE_SSL_REDIRECT", default=True)
+    SECURE_HSTS_SECONDS = env.int("SECURE_HSTS_SECONDS", default=31_536_000)
+    SECURE_HSTS_INCLUDE_SUBDOMAINS = SECURE_HSTS_PRELOAD = True
+    SECURE_PROXY_SSL_HEADER = ("HTTP_X_FORWARDED_PROTO", "https")
+
+LOGGING = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "handlers": {"stderr": {"class": "logging.StreamHandler"}},
+    "root": {"handlers": ["stderr"], "level": env.str("LOG_LEVEL", default="WARNING")},
+}
+
+UNFOLD = {
+    "SITE_TITLE": "Customer Hub",
+    "SITE_HEADER": "Customer Hub",
+    "SITE_SYMBOL": "hub",
+    "SHOW_HISTORY": False,
+    "SHOW_VIEW_ON_SITE": False,
+}
+
+
+def unsafe() -> list[str]:
+    """What must be set before this configuration may serve others."""
+    wrong = []
+    if PRODUCTION:
+        if len(SECRET_KEY) < 40:
+            wrong.append("SECRET_KEY: set at least 40 random characters")
+        if not SEALING_KEYS:
+            wrong.append("SEALING_KEYS: set one or more base64url keys of 32 random bytes")
+        if not ALLOWED_HOSTS or "*" in ALLOWED_HOSTS:
+            wrong.append("ALLOWED_HOSTS: name the hosts that this hub answers for, without '*'")
+        if DEBUG:
+            wrong.append("DEBUG: must be off")
+    else:
+        for host in ALLOWED_HOSTS:
+            try:
+                local = ipaddress.ip_address(host.strip("[]")).is_loopback
+            except ValueError:
+                local = host in ("localhost", ".localhost", "testserver")
+            if not local:
+                wrong.append(f"ALLOWED_HOSTS names {host!r}, beyond this machine: set PRODUCTION=true")
+    return wrong
+
+
+if problems := unsafe():
+    raise ImproperlyConfigured("This configuration is not safe to run. " + "; ".join(problems) + ".")
