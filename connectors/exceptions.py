@@ -8,6 +8,8 @@ ConnectorError            never raised itself
 └── ConnectionUnusable    pause the whole connection until somebody repairs it
 """
 
+# ruff: noqa: N818 - the names say what to do next; "Error" would say nothing more.
+
 from __future__ import annotations
 
 
@@ -44,9 +46,7 @@ class RetryLater(ConnectorError):
         code: str = "",
         remote_request_id: str = "",
     ) -> None:
-        super().__init__(
-            message, field=field, status=status, code=code, remote_request_id=remote_request_id
-        )
+        super().__init__(message, field=field, status=status, code=code, remote_request_id=remote_request_id)
         self.retry_after = retry_after  # seconds the provider asked for; None if it did not say
 
 

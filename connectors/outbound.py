@@ -58,6 +58,7 @@ TEXT_LENGTH = 2000
 MESSAGE_LENGTH = 300
 WRITE_PIECE = 16 * 1024
 
+_BAD_HEADER = "A header, perhaps the key, has characters that cannot be sent."
 # Line breaks and tabs stay in data (addresses have them), not in one-line messages.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _SENSITIVE = re.compile(r"auth|api-?key|cookie|token|secret|password|credential|signature|session")
@@ -118,14 +119,12 @@ class Session:
             if _certificate_refused(error):
                 raise ConnectionUnusable(f"The TLS certificate of {url.host} is not valid.") from error
             raise RetryLater(_no_answer(url)) from error
-        except (httpx2.LocalProtocolError, httpx2.UnsupportedProtocol) as error:
-            raise ConnectionUnusable("The request cannot be sent: check address and headers.") from error
-        except UnicodeEncodeError:
+        except httpx2.LocalProtocolError:
             # `from None`: the error quotes the header, which may be the key.
-            raise ConnectionUnusable("A header (the key, perhaps) has characters outside ASCII.") from None
+            raise ConnectionUnusable(_BAD_HEADER) from None
         except (httpx2.HTTPError, httpx2.StreamError) as error:
             raise _lost(method, _no_answer(url)) from error
-        except _UnusableBody as error:
+        except _BodyError as error:
             raise _lost(method, f"{url.host}: {error}", status=error.status) from error
         finally:
             _call.reset(token)
@@ -157,7 +156,10 @@ class Session:
             headers["Request-Id"] = self.request_id
         merged = httpx2.Headers(headers)
         for name, value in {**self.headers, **extra}.items():
-            merged[name] = value.reveal() if isinstance(value, Secret) else value
+            plain = value.reveal() if isinstance(value, Secret) else value
+            if not plain.isascii():  # a key pasted with a typographic dash, say
+                raise ConnectionUnusable(_BAD_HEADER)
+            merged[name] = plain
         request = client.build_request(
             method,
             url,
@@ -188,12 +190,12 @@ class Session:
     def _read(self, response: httpx2.Response) -> bytes:
         encoding = response.headers.get("content-encoding", "").strip().lower()
         if encoding not in ("", "identity", "gzip"):
-            raise _UnusableBody("the answer has an encoding that was not asked for.", response.status_code)
+            raise _BodyError("the answer has an encoding that was not asked for.", response.status_code)
         body = bytearray()
         for chunk in response.iter_bytes():
             body += chunk
             if len(body) > self.max_bytes:
-                raise _UnusableBody("the answer is too large.", response.status_code)
+                raise _BodyError("the answer is too large.", response.status_code)
             if time.monotonic() > _call.get().ends:
                 raise httpx2.ReadTimeout("deadline")
         return bytes(body)
@@ -241,7 +243,7 @@ def redact(headers: Mapping[str, str | Secret]) -> dict[str, str]:
     }
 
 
-class _UnusableBody(Exception):
+class _BodyError(Exception):
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
         self.status = status
@@ -285,6 +287,9 @@ def _parse(text: str) -> httpx2.URL:
         raise ConnectionUnusable("The address is not a valid URL.") from error
     if url.scheme not in ("http", "https") or not url.host or "\\" in text:
         raise ConnectionUnusable("The address must be a full URL beginning with https://.")
+    if url.port == 0:
+        # httpcore2 reads 0 as the default port, so that is not what would be judged.
+        raise ConnectionUnusable("The address has no valid port.")
     if url.userinfo:
         raise ConnectionUnusable("The address must not contain a user name or password.")
     return url
@@ -511,24 +516,24 @@ def _build_client() -> httpx2.Client:
 
 
 def _parse_body(raw: bytes, status: int) -> Any:
-    """The JSON of a success; nothing at all is None. _UnusableBody if it is not plain JSON."""
+    """The JSON of a success; nothing at all is None. _BodyError if it is not plain JSON."""
     if not raw.strip():
         return None
     if raw.count(b",") + raw.count(b"[") + raw.count(b"{") > MAX_ITEMS:
-        raise _UnusableBody("the answer has too many values.", status)
+        raise _BodyError("the answer has too many values.", status)
     try:
         return _clean(orjson.loads(raw), MAX_DEPTH)
     except orjson.JSONDecodeError as error:
-        raise _UnusableBody("the answer is not JSON.", status) from error
+        raise _BodyError("the answer is not JSON.", status) from error
     except RecursionError as error:
-        raise _UnusableBody("the answer is nested too deeply.", status) from error
+        raise _BodyError("the answer is nested too deeply.", status) from error
 
 
 def _parse_error_body(raw: bytes) -> Any:
     """The JSON of a refusal, or None: error pages are often HTML, and the status says enough."""
     try:
         return _parse_body(raw, 0)
-    except _UnusableBody:
+    except _BodyError:
         return None
 
 

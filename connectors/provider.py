@@ -15,7 +15,7 @@ from uuid import UUID
 from django.urls import URLPattern
 
 from connectors.exceptions import ConnectorError, Rejected
-from connectors.models import Connection
+from connectors.models import Connection, SyncRun
 from connectors.outbound import Session
 from connectors.sealing import Secret
 from customers.models import Customer
@@ -47,13 +47,14 @@ class Outgoing:
     """One customer on its way out. `document` is frozen: a repeat sends the same.
 
     `remote_id` is None for a create. `uid` is the link's: the marker that a create carries where the format has room for
-    one. `key` is the idempotency key of this create or update.
+    one. `key` is the idempotency key of this create or update. `remote_data` is the document last seen there.
     """
 
     uid: UUID
     remote_id: str | None
     key: UUID
     document: Mapping[str, Any]
+    remote_data: Mapping[str, Any] = field(default_factory=dict)
     revision: str = ""
 
 
@@ -75,7 +76,8 @@ class Capabilities:
     lists, fetches      records can be read, all or one
     incremental         the list can be limited to what changed since a time
     deletes             "call" when there is a delete endpoint, "flag" when lists show deleted records
-    batch               how many records one call takes; 1 where there is no batch call
+    batch               how many records one create takes; 1 where there is no batch call
+    update_batch        the same for updates
     max_request_life    seconds after which a timed-out request can no longer be applied
     """
 
@@ -87,6 +89,7 @@ class Capabilities:
     incremental: bool = False
     deletes: str = ""
     batch: int = 1
+    update_batch: int = 1
     max_request_life: float = 120.0
 
 
@@ -166,6 +169,10 @@ class Provider:
     ) -> Page:
         """One page of the account's customers; `cursor` is the `next` of the page before."""
         raise Rejected(f"{self.label} documents no way to list customers.", code="unsupported")
+
+    def run_queued(self, run: SyncRun) -> None:
+        """Carry out an API batch that was accepted to be worked on later. Only a provider that queues has any."""
+        raise Rejected(f"{self.label} queues no batches.", code="unsupported")
 
     def session(self, connection: Connection, *, request_id: str = "", client: Any = None) -> Session:
         """An authenticated way to this account. Raises sealing.UnsealError when its credentials cannot be read."""

@@ -1,0 +1,108 @@
+"""Wanting customers to be in a system: missing links are made, waiting ones become due, and a run follows them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from datetime import datetime
+from uuid import UUID
+
+from django.db import transaction
+from django.db.models import Exists, F, OuterRef, Q, QuerySet
+from django.utils import timezone
+
+from connectors.models import Connection, CustomerLink, SyncRun
+from connectors.states import LinkState
+from connectors.sync import runs
+from customers import bulk
+from customers.editing import Actor
+from customers.ids import uuid7
+from customers.models import Customer
+
+# New links are made in pieces, so that linking a million customers holds no million objects.
+LINK_ROWS = 2000
+# What a person or a rule has to settle first is not sent because somebody asked again.
+WAITING = (LinkState.UNCERTAIN, LinkState.CONFLICT, LinkState.REMOTE_DELETED, LinkState.PAUSED)
+
+
+def request(
+    *,
+    connection: Connection,
+    actor: Actor,
+    customer_ids: Collection[UUID] | None = None,
+    since: datetime | None = None,
+    limit: int | None = None,
+    now: datetime | None = None,
+) -> SyncRun:
+    """Ask for these customers (None: all of the organization that are not archived) to be in that system, now.
+
+    Links that are missing are made. Links that are in sync are counted as unchanged at once; the others become due, also
+    those that were rejected. The run ends when each has an outcome. Uncertain and conflicting links are left to their
+    rules and count as uncertain.
+    """
+    now = now or timezone.now()
+    customers = Customer.objects.filter(
+        organization_id=connection.organization_id, archived_at=None, merged_into=None
+    )
+    if customer_ids is not None:
+        customers = customers.filter(pk__in=customer_ids)
+    if since is not None:
+        customers = customers.filter(updated_at__gte=since)
+    if limit is not None:
+        customers = customers.filter(pk__in=list(customers.order_by("pk").values_list("pk", flat=True)[:limit]))
+    _link_missing(connection, customers, now)
+    links = CustomerLink.objects.filter(
+        connection=connection, customer__in=customers, is_duplicate=False, deleted_at=None
+    )
+    waits = Q(state__in=WAITING)
+    dirty = Q(pushed_version__lt=F("needed_version"))
+    with transaction.atomic():
+        run = runs.start(
+            organization=connection.organization,
+            connection=connection,
+            kind=SyncRun.Kind.PUSH,
+            actor=actor,
+            at=now,
+            state=SyncRun.State.QUEUED,
+            request={"customers": "chosen" if customer_ids is not None else "all"},
+        )
+        asked = links.filter(dirty).exclude(waits).update(
+            run=run, next_attempt_at=now, state=LinkState.OPEN, attempts=0, updated_at=now
+        )
+        waiting = links.filter(dirty & waits).count()
+        clean = links.exclude(dirty).count()
+        run.planned = asked + waiting + clean
+        run.unchanged, run.uncertain = clean, waiting
+        run.save(update_fields=["planned", "unchanged", "uncertain"])
+    if not asked:
+        runs.finish(run=run, at=now)
+    return run
+
+
+def _link_missing(connection: Connection, customers: QuerySet[Customer], now: datetime) -> None:
+    linked = CustomerLink.objects.filter(connection=connection, customer=OuterRef("pk"), is_duplicate=False)
+    leading = CustomerLink.objects.filter(customer=OuterRef("pk"), is_primary=True)
+    missing = (
+        customers.filter(~Exists(linked))
+        .annotate(has_leading=Exists(leading))
+        .order_by("pk")
+        .values_list("pk", "version", "has_leading")
+    )
+    while rows := list(missing[:LINK_ROWS]):
+        with transaction.atomic():
+            # Locked in order: two who link the same customers meet here, and the second finds the first one's links.
+            list(Customer.objects.filter(pk__in=[row[0] for row in rows]).order_by("pk").select_for_update().values_list("pk"))
+            rows = list(missing.filter(pk__in=[row[0] for row in rows]))
+            bulk.insert(
+                [
+                    CustomerLink(
+                        uid=uuid7(),
+                        customer_id=pk,
+                        connection=connection,
+                        needed_version=version,
+                        is_primary=not has_leading,
+                        created_at=now,
+                        updated_at=now,
+                    )
+                    for pk, version, has_leading in rows
+                ]
+            )

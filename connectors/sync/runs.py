@@ -1,0 +1,87 @@
+"""Keeping the totals of a run: they only grow, and when they reach what was planned the run has ended."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from django.db.models import F
+
+from connectors.models import Connection, SyncRun
+from customers.editing import Actor
+from customers.models import Organization
+
+# Each list of problems on a run is cut here: totals count all of them.
+PROBLEMS_KEPT = 100
+
+
+def start(
+    *,
+    organization: Organization,
+    connection: Connection | None,
+    kind: str,
+    actor: Actor,
+    at: datetime,
+    planned: int = 0,
+    state: str = SyncRun.State.RUNNING,
+    request: Mapping[str, Any] | None = None,
+) -> SyncRun:
+    return SyncRun.objects.create(
+        public_id=SyncRun.new_public_id(),
+        organization=organization,
+        connection=connection,
+        kind=kind,
+        state=state,
+        actor_kind=actor.kind,
+        actor_id=actor.id,
+        actor_name=actor.name,
+        request_id=actor.request_id,
+        planned=planned,
+        request=dict(request or {}),
+        started_at=at if state == SyncRun.State.RUNNING else None,
+    )
+
+
+def add(
+    *, run_id: int, totals: Mapping[str, int], problems: Sequence[Mapping[str, Any]] = (), at: datetime
+) -> None:
+    """Add outcomes to a run. Counting is done by the database: several workers may add at once."""
+    changes: dict[str, Any] = {name: F(name) + count for name, count in totals.items() if count}
+    if changes:
+        SyncRun.objects.filter(pk=run_id).update(updated_at=at, **changes)
+    if problems:
+        run = SyncRun.objects.select_for_update().get(pk=run_id)
+        run.problems = [*run.problems, *problems][:PROBLEMS_KEPT]
+        run.save(update_fields=["problems"])
+
+
+def verdict(run: SyncRun, *, error: str = "") -> str:
+    """The state that a run with these totals ends in."""
+    if error:
+        return SyncRun.State.FAILED
+    trouble = run.refused + run.retrying + run.uncertain
+    if not trouble:
+        return SyncRun.State.SUCCEEDED
+    return SyncRun.State.FAILED if trouble == run.total else SyncRun.State.PARTLY
+
+
+def finish(*, run: SyncRun, at: datetime, error: str = "") -> SyncRun:
+    """End a run with what its totals say; what was planned and has no outcome counts as skipped."""
+    run.refresh_from_db()
+    run.planned = max(run.planned, run.total)
+    run.skipped += run.planned - run.total
+    run.state = verdict(run, error=error)
+    run.error = error[:500]
+    run.finished_at = at
+    run.save(update_fields=["planned", "skipped", "state", "error", "finished_at", "updated_at"])
+    return run
+
+
+def close_done(*, run_ids: set[int], at: datetime) -> None:
+    """End those of these runs whose totals have reached what was planned."""
+    rows = SyncRun.objects.filter(pk__in=run_ids, finished_at=None, kind=SyncRun.Kind.PUSH)
+    for run in rows:
+        if run.total >= run.planned:
+            finish(run=run, at=at)
+
