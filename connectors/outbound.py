@@ -101,6 +101,20 @@ class Session:
         params: Mapping[str, Any] | None = None,
         headers: Mapping[str, str | Secret] | None = None,
     ) -> Answer:
+        """`send`, and raise what a status other than 2xx means (see `raise_for_answer`)."""
+        answer = self.send(method, path, json=json, params=params, headers=headers)
+        raise_for_answer(answer)
+        return answer
+
+    def send(
+        self,
+        method: str,
+        path: str,
+        *,
+        json: Any = None,
+        params: Mapping[str, Any] | None = None,
+        headers: Mapping[str, str | Secret] | None = None,
+    ) -> Answer:
         """Send once, never repeat, follow no redirect.
 
         `path` is appended to `base_url`; parts of it that are data must be quoted by the caller.

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, ClassVar
+from urllib.parse import quote
 from uuid import UUID
 
 from django.db.models import Prefetch, QuerySet
@@ -228,11 +229,11 @@ class Links(Provider):
         return self.record(answer.body)
 
     def update(self, session: Session, connection: Connection, outgoing: Outgoing) -> Record:
-        answer = session.request("PUT", f"/unified/customer/{outgoing.remote_id}", json=outgoing.document)
+        answer = session.request("PUT", f"/unified/customer/{quote(outgoing.remote_id or '', safe='')}", json=outgoing.document)
         return self.record(answer.body)
 
     def fetch(self, session: Session, connection: Connection, remote_id: str) -> Record:
-        return self.record(session.request("GET", f"/unified/customer/{remote_id}").body)
+        return self.record(session.request("GET", f"/unified/customer/{quote(remote_id, safe='')}").body)
 
     def page(
         self,

@@ -150,7 +150,7 @@ def test_a_request_arrives_as_described_and_its_answer_is_parsed():
         session = Session(
             base_url=f"{base}/api/v1", headers={"Authorization": Secret("Bearer k")}, request_id="req-1"
         )
-        answer = session.request(
+        answer = session.send(
             "post", "/unified/customer", json={"a": 1}, params={"q": "x y"}, headers={"X-A": "1"}
         )
     head, _, body = seen[0].partition(b"\r\n\r\n")
@@ -191,7 +191,7 @@ def test_connections_are_kept_but_cookies_are_not():
 
     with serve(behave) as base:
         for _ in range(3):
-            Session(base_url=base).request("GET", "x")
+            Session(base_url=base).send("GET", "x")
     assert len(seen) == 3
     assert len(connections) == 1
     assert not any(b"cookie:" in request for request in seen)
@@ -202,7 +202,7 @@ def test_nothing_is_logged_and_no_proxy_of_the_environment_is_used(monkeypatch, 
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:9")
     with serve(says(answer_bytes())) as base, caplog.at_level(logging.INFO):
-        Session(base_url=base).request("GET", "x", params={"email": "a@b.c"})
+        Session(base_url=base).send("GET", "x", params={"email": "a@b.c"})
     assert caplog.records == []
 
 
@@ -212,10 +212,10 @@ def test_a_client_can_be_injected():
         return [orjson.dumps({"path": environ["PATH_INFO"]})]
 
     with httpx2.Client(transport=httpx2.WSGITransport(app=app)) as client:
-        answer = Session(base_url="http://h:1/api/v1", client=client).request("GET", "/unified/customer")
+        answer = Session(base_url="http://h:1/api/v1", client=client).send("GET", "/unified/customer")
     assert answer.body == {"path": "/api/v1/unified/customer"}
     with httpx2.Client(transport=httpx2.MockTransport(lambda _: httpx2.Response(204))) as client:
-        assert Session(base_url="http://h", client=client).request("DELETE", "x").body is None
+        assert Session(base_url="http://h", client=client).send("DELETE", "x").body is None
 
 
 @pytest.mark.parametrize(
@@ -223,14 +223,14 @@ def test_a_client_can_be_injected():
 )
 def test_a_path_that_leads_elsewhere_is_refused(path):
     with pytest.raises(Rejected):
-        Session(base_url="https://h/api").request("GET", path)
+        Session(base_url="https://h/api").send("GET", path)
 
 
 @pytest.mark.parametrize("value", ["k\r\nX-Evil: 1", "schlüssel-geheim"])
 @pytest.mark.usefixtures("local")
 def test_a_key_that_is_no_header_value_stops_the_connection_without_showing_it(value):
     with serve(says(answer_bytes())) as base, pytest.raises(ConnectionUnusable) as caught:
-        Session(base_url=base, headers={"Api_Key": Secret(value)}).request("POST", "x", json={})
+        Session(base_url=base, headers={"Api_Key": Secret(value)}).send("POST", "x", json={})
     shown = "".join(traceback.format_exception(caught.value))
     assert "X-Evil" not in shown
     assert "geheim" not in shown
@@ -250,7 +250,7 @@ def test_a_redirect_is_not_followed(status):
         return KEEP
 
     with serve(behave) as base, pytest.raises(ConnectionUnusable, match="redirects"):
-        Session(base_url=base).request("GET", "x")
+        Session(base_url=base).send("GET", "x")
     assert len(seen) == 1
 
 
@@ -271,7 +271,7 @@ def test_the_deadline_ends_a_drip(behave, method, expected):
     with serve(behave) as base:
         started = time.monotonic()
         with pytest.raises(expected):
-            Session(base_url=base, deadline=0.5).request(method, "x")
+            Session(base_url=base, deadline=0.5).send(method, "x")
         assert time.monotonic() - started < 1.0
 
 
@@ -290,7 +290,7 @@ def test_the_deadline_ends_a_slow_receiver():
     thread.start()
     started = time.monotonic()
     with listener, pytest.raises(OutcomeUnknown):
-        Session(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}", deadline=0.7).request(
+        Session(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}", deadline=0.7).send(
             "POST", "x", json="a" * 20_000_000
         )
     assert time.monotonic() - started < 1.7
@@ -329,7 +329,7 @@ def test_an_unusable_answer_leaves_the_outcome_unknown_unless_nothing_can_have_c
     behave, method, expected
 ):
     with serve(behave) as base, pytest.raises(expected):
-        Session(base_url=base, deadline=10).request(method, "x")
+        Session(base_url=base, deadline=10).send(method, "x")
 
 
 @pytest.mark.usefixtures("local")
@@ -337,9 +337,9 @@ def test_limits_admit_what_is_just_within_them():
     body = b"[" * 64 + b"]" * 64
     with serve(says(answer_bytes(body))) as base:
         session = Session(base_url=base, max_bytes=len(body))
-        assert session.request("GET", "x").text == body.decode()
+        assert session.send("GET", "x").text == body.decode()
     with serve(says(answer_bytes(gzip.compress(b"[1]"), "200 OK", "Content-Encoding: gzip"))) as base:
-        assert Session(base_url=base).request("GET", "x").body == [1]
+        assert Session(base_url=base).send("GET", "x").body == [1]
 
 
 @pytest.mark.usefixtures("local")
@@ -347,9 +347,9 @@ def test_a_request_that_was_never_sent_is_tried_again():
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
     with pytest.raises(RetryLater) as refused:
-        Session(base_url=f"http://127.0.0.1:{port}").request("POST", "x", json={})
+        Session(base_url=f"http://127.0.0.1:{port}").send("POST", "x", json={})
     with serve(lambda connection, request: None) as base, pytest.raises(RetryLater) as answered:
-        Session(base_url=base).request("GET", "x")
+        Session(base_url=base).send("GET", "x")
     assert str(refused.value) == str(answered.value), "the text must not tell which port is open"
 
 
@@ -359,7 +359,7 @@ def test_a_name_that_does_not_resolve_is_tried_again_but_no_use_in_a_form(monkey
 
     monkeypatch.setattr(socket, "getaddrinfo", fail)
     with pytest.raises(RetryLater):
-        Session(base_url="https://api.example").request("POST", "x")
+        Session(base_url="https://api.example").send("POST", "x")
     with pytest.raises(ConnectionUnusable):
         check_url("https://api.example")
 
@@ -406,12 +406,12 @@ def test_tls_verifies_the_name_although_the_connection_goes_to_an_address(monkey
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
     with serve(says(answer_bytes(b"[1]")), tls) as base:
         with pytest.raises(ConnectionUnusable, match="certificate"):
-            Session(base_url=base.replace("127.0.0.1", "api.example")).request("POST", "x")
+            Session(base_url=base.replace("127.0.0.1", "api.example")).send("POST", "x")
         outbound.close_shared_client()
         monkeypatch.setattr(httpx2, "create_ssl_context", lambda **_: trusting)
-        assert Session(base_url=base.replace("127.0.0.1", "api.example")).request("POST", "x").body == [1]
+        assert Session(base_url=base.replace("127.0.0.1", "api.example")).send("POST", "x").body == [1]
         with pytest.raises(ConnectionUnusable, match="certificate"):
-            Session(base_url=base.replace("127.0.0.1", "other.example")).request("POST", "x")
+            Session(base_url=base.replace("127.0.0.1", "other.example")).send("POST", "x")
     outbound.close_shared_client()
 
 
@@ -435,7 +435,7 @@ def test_a_handshake_that_fails_or_drips_is_tried_again():
             thread.start()
             started = time.monotonic()
             with pytest.raises(RetryLater):
-                Session(base_url=f"https://127.0.0.1:{listener.getsockname()[1]}", deadline=0.5).request(
+                Session(base_url=f"https://127.0.0.1:{listener.getsockname()[1]}", deadline=0.5).send(
                     "POST", "x"
                 )
             assert time.monotonic() - started < 1.5
@@ -537,7 +537,7 @@ def test_a_blocked_address_is_never_reached(url, reached):
         check_url(url)
     for method in ("GET", "POST"):
         with pytest.raises((ConnectionUnusable, RetryLater)):
-            Session(base_url=url).request(method, "x")
+            Session(base_url=url).send(method, "x")
     assert reached == []
     found = ("127.0.0.1", "169.254", "10.0.0", "::1")
     assert not any(address in str(refused.value) for address in found if address not in url)
@@ -560,7 +560,7 @@ def test_a_public_address_is_reached_at_what_was_judged(url, addresses, reached)
     check_url(url)
     assert reached == []
     with pytest.raises(RetryLater):
-        Session(base_url=url).request("GET", "x")
+        Session(base_url=url).send("GET", "x")
     assert reached == addresses
 
 
@@ -569,7 +569,7 @@ def test_a_name_that_changes_after_the_check_is_judged_again(reached, monkeypatc
     check_url("https://turn.example")
     monkeypatch.setitem(NAMES, "turn.example", ["127.0.0.1"])
     with pytest.raises(ConnectionUnusable):
-        Session(base_url="https://turn.example").request("GET", "x")
+        Session(base_url="https://turn.example").send("GET", "x")
     assert reached == []
 
 
@@ -583,7 +583,7 @@ def test_a_name_is_resolved_once_per_connection(reached, monkeypatch):
 
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
     with pytest.raises(RetryLater):
-        Session(base_url="https://ok.example").request("GET", "x")
+        Session(base_url="https://ok.example").send("GET", "x")
     assert asked.count("ok.example") == 1
 
 
@@ -617,7 +617,7 @@ def test_settings_open_exactly_what_they_name(settings, reached):
 
 def test_a_base_address_has_no_query():
     with pytest.raises(ConnectionUnusable, match=r"\?"):
-        Session(base_url="https://h/?a=").request("GET", "x")
+        Session(base_url="https://h/?a=").send("GET", "x")
 
 
 def test_the_client_serves_nobody_but_a_session():
@@ -692,7 +692,7 @@ def test_retry_after_is_read_from_the_wire():
         "Date: Wed, 21 Oct 2015 07:28:00 GMT",
     )
     with serve(says(data)) as base:
-        late = Session(base_url=base).request("POST", "x")
+        late = Session(base_url=base).send("POST", "x")
     assert late.body is None
     assert late.text == "busy"
     with pytest.raises(RetryLater) as caught:
@@ -723,7 +723,7 @@ def test_a_refusal_carries_the_providers_words(body, message, code):
 @pytest.mark.usefixtures("local")
 def test_a_provider_that_quotes_the_key_does_not_get_it_into_the_message():
     with serve(says(answer_bytes(b'{"message": "Invalid key sk_live_123456"}', "400 Bad Request"))) as base:
-        bad = Session(base_url=base, headers={"Authorization": Secret("Bearer sk_live_123456")}).request(
+        bad = Session(base_url=base, headers={"Authorization": Secret("Bearer sk_live_123456")}).send(
             "POST", "x"
         )
     with pytest.raises(Rejected, match=r"^Invalid key \*\*\*$"):
