@@ -585,13 +585,13 @@ class Commenda(Provider):
             raise Rejected(
                 f"Commenda's record {document['id']} cannot be read: {error.detail}", code="unreadable"
             ) from None
-        created = document.get("created_at")
-        known = isinstance(created, int) and not isinstance(created, bool) and 0 <= created < 2**36
+        seconds = document.get("created_at")
+        dated = isinstance(seconds, int) and 0 < seconds < 2**36
         return Record(
             values=values,
             document=document,
             remote_id=document["id"],
-            created_at=datetime.fromtimestamp(created, UTC) if known else None,  # type: ignore[arg-type] # an int, as known
+            created_at=datetime.fromtimestamp(int(seconds or 0), UTC) if dated else None,
         )
 
     def stored(self, document: Mapping[str, Any]) -> Record:
