@@ -137,8 +137,9 @@ TIME_ZONE = "UTC"
 USE_TZ = True
 USE_I18N = True
 STATIC_URL = "static/"
-STATIC_ROOT = BASE_DIR / "staticfiles"
-# Serves the admin's files from the installed packages: nothing to collect before the first start.
+# WhiteNoise serves the admin's files from the installed packages: there is nothing to collect before the first start.
+# Set STATIC_ROOT and run collectstatic to let a proxy serve them instead.
+STATIC_ROOT: str | None = env.str("STATIC_ROOT", default="") or None
 WHITENOISE_USE_FINDERS = True
 WHITENOISE_AUTOREFRESH = False
 
