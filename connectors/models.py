@@ -47,9 +47,7 @@ class Connection(models.Model):
     PULLING: ClassVar = (Direction.PULL, Direction.PUSH_AND_PULL)
 
     uid = models.UUIDField(default=uuid7, unique=True, editable=False)
-    organization = models.ForeignKey(
-        Organization, on_delete=models.PROTECT, related_name="connections", db_index=False
-    )
+    organization = models.ForeignKey(Organization, on_delete=models.PROTECT, related_name="connections", db_index=False)
     provider = models.CharField(max_length=32, help_text="The API that this system speaks.")
     name = models.CharField(max_length=100, help_text="Names the connection on screens and in commands.")
     account = models.CharField(
@@ -68,7 +66,9 @@ class Connection(models.Model):
         default=dict, blank=True, help_text="What differs from the documented behaviour at this account."
     )
     conflict_policy = models.CharField(
-        max_length=16, choices=ConflictPolicy, default=ConflictPolicy.HUB_WINS,
+        max_length=16,
+        choices=ConflictPolicy,
+        default=ConflictPolicy.HUB_WINS,
         help_text="Who wins where both sides changed the same field. Either way the change log keeps all values.",
     )
     create_policy = models.CharField(
@@ -214,9 +214,7 @@ class SyncRun(models.Model):
 
     public_id = models.CharField(max_length=16, unique=True, editable=False)
     organization = models.ForeignKey(Organization, on_delete=models.PROTECT, related_name="runs")
-    connection = models.ForeignKey(
-        Connection, null=True, blank=True, on_delete=models.CASCADE, related_name="runs"
-    )
+    connection = models.ForeignKey(Connection, null=True, blank=True, on_delete=models.CASCADE, related_name="runs")
     kind = models.CharField(max_length=16, choices=Kind)
     state = models.CharField(max_length=20, choices=State, default=State.QUEUED)
     actor_kind = models.CharField(max_length=16, choices=CustomerChange.Actor)
@@ -268,9 +266,7 @@ class CustomerLink(models.Model):
 
     uid = models.UUIDField(default=uuid7, unique=True, editable=False)
     customer = models.ForeignKey(Customer, on_delete=models.PROTECT, related_name="links")
-    connection = models.ForeignKey(
-        Connection, on_delete=models.PROTECT, related_name="links", db_index=False
-    )
+    connection = models.ForeignKey(Connection, on_delete=models.PROTECT, related_name="links", db_index=False)
     remote_id = models.CharField(max_length=255, null=True, blank=True)  # noqa: DJ001 # NULL until known; "" would collide
     remote_data = models.JSONField(default=dict, blank=True, help_text="The document last seen, as it came.")
     base_local = models.JSONField(default=dict, help_text="The mapped fields as sent.")
@@ -295,7 +291,11 @@ class CustomerLink(models.Model):
     lease_token = models.CharField(max_length=32, blank=True)
     lease_until = models.DateTimeField(null=True, blank=True)
     run = models.ForeignKey(
-        SyncRun, null=True, blank=True, on_delete=models.SET_NULL, related_name="links",
+        SyncRun,
+        null=True,
+        blank=True,
+        on_delete=models.SET_NULL,
+        related_name="links",
         help_text="The run that waits for the outcome of this link.",
     )
     synced_at = models.DateTimeField(null=True, blank=True)
@@ -317,7 +317,9 @@ class CustomerLink(models.Model):
         ]
         indexes = [
             models.Index(fields=["connection", "id"], name="link_page"),
-            models.Index(fields=["connection", "next_attempt_at"], name="link_due",
+            models.Index(
+                fields=["connection", "next_attempt_at"],
+                name="link_due",
                 condition=Q(pushed_version__lt=F("needed_version"), next_attempt_at__isnull=False),
             ),
             models.Index(fields=["remote_id"], name="link_remote_id"),
@@ -385,9 +387,7 @@ class PushIntent(models.Model):
     key = models.UUIDField(default=uuid7, help_text="The idempotency key, where the system takes one.")
     epoch = models.PositiveIntegerField(default=1)
     payload = models.JSONField()
-    sent_values = models.JSONField(
-        help_text="The mapped fields of the customer that the payload was made of."
-    )
+    sent_values = models.JSONField(help_text="The mapped fields of the customer that the payload was made of.")
     version = models.PositiveIntegerField(help_text="The customer's version that was read for it.")
     outcome = models.CharField(max_length=16, choices=Outcome, default=Outcome.OPEN)
     hold_until = models.DateTimeField(null=True, blank=True)
@@ -399,11 +399,9 @@ class PushIntent(models.Model):
 
     class Meta:
         indexes = [
-            models.Index(fields=["link"], name="intent_open", condition=Q(outcome__in=("open", "uncertain"))
-            ),
+            models.Index(fields=["link"], name="intent_open", condition=Q(outcome__in=("open", "uncertain"))),
         ]
         default_permissions = ("view",)
 
     def __str__(self) -> str:
         return f"{self.kind} {self.key}"
-

@@ -250,9 +250,7 @@ def check_url(url: str) -> None:
 def redact(headers: Mapping[str, str | Secret]) -> dict[str, str]:
     """The headers with the values of credential-like names, and every Secret, as '***'."""
     return {
-        name: "***"
-        if isinstance(value, Secret) or _SENSITIVE.search(name.lower().replace("_", "-"))
-        else value
+        name: "***" if isinstance(value, Secret) or _SENSITIVE.search(name.lower().replace("_", "-")) else value
         for name, value in headers.items()
     }
 
@@ -341,9 +339,7 @@ def _plain(address: IPAddress) -> IPAddress:
 
 def _check_target(scheme: str, port: int, addresses: Iterable[IPAddress]) -> None:
     """Raise ConnectionUnusable unless every address, and the scheme and port, may be reached."""
-    allowed: list[IPNetwork] = [
-        ipaddress.ip_network(text, strict=False) for text in settings.ALLOWED_PRIVATE_NETWORKS
-    ]
+    allowed: list[IPNetwork] = [ipaddress.ip_network(text, strict=False) for text in settings.ALLOWED_PRIVATE_NETWORKS]
     outside = [address for address in addresses if not any(address in network for network in allowed)]
     if not all(_is_public(address) for address in outside):
         raise ConnectionUnusable(
@@ -457,9 +453,7 @@ class _GuardedBackend(httpcore2.SyncBackend):
         for address in addresses:
             left = _left(timeout, httpcore2.ConnectTimeout)
             try:
-                return _TimedStream(
-                    super().connect_tcp(str(address), port, left, local_address, socket_options)
-                )
+                return _TimedStream(super().connect_tcp(str(address), port, left, local_address, socket_options))
             except (httpcore2.ConnectError, httpcore2.ConnectTimeout) as error:
                 failure = error
         raise failure

@@ -184,9 +184,7 @@ class Provider:
         )
 
 
-def each(
-    batch: Sequence[Outgoing], send: Callable[[Outgoing], Record]
-) -> list[Record | ConnectorError]:
+def each(batch: Sequence[Outgoing], send: Callable[[Outgoing], Record]) -> list[Record | ConnectorError]:
     """Send one by one; one record's error never stops the rest."""
     answers: list[Record | ConnectorError] = []
     for outgoing in batch:

@@ -97,9 +97,7 @@ def due_pulls(*, now: datetime) -> list[Connection]:
 def queued_batches() -> list[SyncRun]:
     """Batches that wait. Their kind is not pushed: a push run is carried by its links."""
     return list(
-        SyncRun.objects.filter(
-            kind=SyncRun.Kind.RECEIVE, state__in=(SyncRun.State.QUEUED, SyncRun.State.RUNNING)
-        )
+        SyncRun.objects.filter(kind=SyncRun.Kind.RECEIVE, state__in=(SyncRun.State.QUEUED, SyncRun.State.RUNNING))
         .filter(finished_at=None)
         .select_related("connection__organization", "organization")
         .order_by("pk")[:20]

@@ -26,15 +26,12 @@ def _columns(model: type[models.Model], names: Iterable[str] | None = None) -> l
 
 def _json(rows: Sequence[models.Model], columns: Sequence[models.Field[Any, Any]]) -> str:
     return orjson.dumps(
-        [{column.column: getattr(row, column.attname) for column in columns} for row in rows]
+        [{str(column.column): getattr(row, column.attname) for column in columns} for row in rows]
     ).decode()
 
 
 def _prepared(rows: Sequence[models.Model], columns: Sequence[models.Field[Any, Any]]) -> list[list[Any]]:
-    return [
-        [column.get_db_prep_save(getattr(row, column.attname), connection) for column in columns]
-        for row in rows
-    ]
+    return [[column.get_db_prep_save(getattr(row, column.attname), connection) for column in columns] for row in rows]
 
 
 def insert(rows: Sequence[models.Model]) -> None:
@@ -44,7 +41,7 @@ def insert(rows: Sequence[models.Model]) -> None:
     model = type(rows[0])
     columns = _columns(model)
     table = connection.ops.quote_name(model._meta.db_table)
-    names = ", ".join(connection.ops.quote_name(column.column) for column in columns)
+    names = ", ".join(connection.ops.quote_name(str(column.column)) for column in columns)
     with connection.cursor() as cursor:
         if connection.vendor != "postgresql":
             marks = ", ".join(["%s"] * len(columns))
@@ -75,14 +72,14 @@ def update(rows: Sequence[models.Model], names: Iterable[str]) -> None:
     table = quote(model._meta.db_table)
     with connection.cursor() as cursor:
         if connection.vendor == "postgresql":
-            sets = ", ".join(f"{quote(c.column)} = given.{quote(c.column)}" for c in columns)
+            sets = ", ".join(f"{quote(str(c.column))} = given.{quote(str(c.column))}" for c in columns)
             cursor.execute(
                 f"UPDATE {table} SET {sets} FROM json_populate_recordset(NULL::{table}, %s::json) AS given"
-                f" WHERE {table}.{quote(key.column)} = given.{quote(key.column)}",
+                f" WHERE {table}.{quote(str(key.column))} = given.{quote(str(key.column))}",
                 [_json(rows, [key, *columns])],
             )
         else:
-            sets = ", ".join(f"{quote(c.column)} = %s" for c in columns)
+            sets = ", ".join(f"{quote(str(c.column))} = %s" for c in columns)
             cursor.executemany(
-                f"UPDATE {table} SET {sets} WHERE {quote(key.column)} = %s", _prepared(rows, [*columns, key])
+                f"UPDATE {table} SET {sets} WHERE {quote(str(key.column))} = %s", _prepared(rows, [*columns, key])
             )

@@ -190,17 +190,13 @@ def create(
     customers, changes = [], []
     for row in values:
         columns = _columns(row, organization=organization, before=None)
-        customer = Customer(
-            id=uuid7(), organization=organization, version=1, created_at=at, updated_at=at, **columns
-        )
+        customer = Customer(id=uuid7(), organization=organization, version=1, created_at=at, updated_at=at, **columns)
         customers.append(customer)
         filled = {name: [None, columns[name]] for name in EDITABLE if columns.get(name) not in (None, "", {})}
         changes.append(_change(customer, filled, actor=actor, at=at))
     bulk.insert(customers)
     bulk.insert(changes)
-    changed = [
-        Changed(customer_id=c.id, version=1, fields=frozenset(EDITABLE), created=True) for c in customers
-    ]
+    changed = [Changed(customer_id=c.id, version=1, fields=frozenset(EDITABLE), created=True) for c in customers]
     if changed:
         customers_changed.send(sender=Customer, organization=organization, actor=actor, changes=changed)
     return customers
@@ -243,10 +239,7 @@ def update(
     if stale := [found[id_] for id_, version in (expected or {}).items() if found[id_].version != version]:
         raise StaleVersion(stale)
     return _write(
-        {
-            id_: (found[id_], _columns(row, organization=organization, before=found[id_]))
-            for id_, row in values.items()
-        },
+        {id_: (found[id_], _columns(row, organization=organization, before=found[id_])) for id_, row in values.items()},
         organization=organization,
         actor=actor,
         at=at or timezone.now(),
@@ -285,9 +278,7 @@ def _write(
         customer.updated_at = at
     if touched:
         bulk.update([customer for customer, _ in touched.values()], written)
-        bulk.insert(
-            [_change(customer, _plain(changes), actor=actor, at=at) for customer, changes in touched.values()]
-        )
+        bulk.insert([_change(customer, _plain(changes), actor=actor, at=at) for customer, changes in touched.values()])
         changed = [
             Changed(customer_id=customer.id, version=customer.version, fields=frozenset(changes))
             for customer, changes in touched.values()

@@ -51,9 +51,7 @@ class Customer(models.Model):
     """One golden record. Texts are kept as given; the `_key` and `_code` columns beside them are for looking up."""
 
     id = models.UUIDField(primary_key=True, default=uuid7, editable=False)
-    organization = models.ForeignKey(
-        Organization, on_delete=models.PROTECT, related_name="customers", db_index=False
-    )
+    organization = models.ForeignKey(Organization, on_delete=models.PROTECT, related_name="customers", db_index=False)
     name = models.CharField(max_length=255, help_text="The canonical name of the person or company.")
     first_name = models.CharField(max_length=255, blank=True)
     last_name = models.CharField(max_length=255, blank=True)
@@ -108,9 +106,11 @@ class Customer(models.Model):
         indexes = [
             models.Index(fields=["organization", "id"], name="customer_page"),
             models.Index(fields=["organization", "name_key"], name="customer_name"),
-            models.Index(fields=["organization", "email_key"], name="customer_email", condition=~models.Q(email_key="")
+            models.Index(
+                fields=["organization", "email_key"], name="customer_email", condition=~models.Q(email_key="")
             ),
-            models.Index(fields=["organization", "phone_key"], name="customer_phone", condition=~models.Q(phone_key="")
+            models.Index(
+                fields=["organization", "phone_key"], name="customer_phone", condition=~models.Q(phone_key="")
             ),
             models.Index(fields=["-updated_at", "-id"], name="customer_recent"),
         ]
@@ -133,9 +133,7 @@ class CustomerChange(models.Model):
         COMMAND = "command", "Command"
 
     organization = models.ForeignKey(Organization, on_delete=models.PROTECT, related_name="+", db_index=False)
-    customer = models.ForeignKey(
-        Customer, on_delete=models.PROTECT, related_name="changes", db_index=False
-    )
+    customer = models.ForeignKey(Customer, on_delete=models.PROTECT, related_name="changes", db_index=False)
     version = models.PositiveIntegerField()
     at = models.DateTimeField()
     actor_kind = models.CharField(max_length=16, choices=Actor)

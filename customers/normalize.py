@@ -19,9 +19,7 @@ PHONE_KEY_MAX_LENGTH = 32
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 # What str.strip() takes for blank, less the control characters among it: those are for boundaries to refuse.
 _BLANKS = "".join(
-    character
-    for character in map(chr, range(0x3001))
-    if character.isspace() and not _CONTROL.match(character)
+    character for character in map(chr, range(0x3001)) if character.isspace() and not _CONTROL.match(character)
 )
 
 _PHONE_PUNCTUATION = str.maketrans("", "", " -./()")

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 from django.contrib.auth.middleware import AuthenticationMiddleware
 from django.contrib.messages.middleware import MessageMiddleware
@@ -14,6 +15,8 @@ from whitenoise.middleware import WhiteNoiseMiddleware
 
 from customers.ids import new_public_id
 
+# Sessions, log-in, CSRF and messages are for these paths only.
+PEOPLE = ("/admin", "/static/")
 WELL_FORMED = re.compile(r"[A-Za-z0-9_.:-]{8,64}")
 
 
@@ -32,42 +35,21 @@ class RequestIdMiddleware:
         return response
 
 
-class ForPeople:
-    """Mixed into a Django middleware: paths outside the admin pass it by."""
+def for_people(middleware: type[Any]) -> type[Any]:
+    """The same middleware, passed by on every path but the admin's and its files'."""
+    apply = middleware.__call__
 
-    get_response: Callable[[HttpRequest], HttpResponseBase]
+    def call(self: Any, request: HttpRequest) -> HttpResponseBase:
+        for_a_person = request.path_info.startswith(PEOPLE)
+        response: HttpResponseBase = apply(self, request) if for_a_person else self.get_response(request)
+        return response
 
-    def __call__(self, request: HttpRequest) -> HttpResponseBase:
-        if request.path_info.startswith(("/admin", "/static/")):
-            return super().__call__(request)  # type: ignore[misc, no-any-return] # the middleware it is mixed into
-        return self.get_response(request)
-
-    def process_view(self, request: HttpRequest, *args: object) -> HttpResponseBase | None:
-        inherited = getattr(super(), "process_view", None)
-        if inherited is None or not request.path_info.startswith("/admin"):
-            return None
-        return inherited(request, *args)  # type: ignore[no-any-return] # as above
+    return type(middleware.__name__, (middleware,), {"__call__": call})
 
 
-class AdminStaticMiddleware(ForPeople, WhiteNoiseMiddleware):
-    pass
-
-
-class AdminSessionMiddleware(ForPeople, SessionMiddleware):
-    pass
-
-
-class AdminCommonMiddleware(ForPeople, CommonMiddleware):
-    pass
-
-
-class AdminCsrfMiddleware(ForPeople, CsrfViewMiddleware):
-    pass
-
-
-class AdminAuthenticationMiddleware(ForPeople, AuthenticationMiddleware):
-    pass
-
-
-class AdminMessageMiddleware(ForPeople, MessageMiddleware):
-    pass
+AdminStaticMiddleware = for_people(WhiteNoiseMiddleware)
+AdminSessionMiddleware = for_people(SessionMiddleware)
+AdminCommonMiddleware = for_people(CommonMiddleware)
+AdminCsrfMiddleware = for_people(CsrfViewMiddleware)
+AdminAuthenticationMiddleware = for_people(AuthenticationMiddleware)
+AdminMessageMiddleware = for_people(MessageMiddleware)

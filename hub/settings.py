@@ -41,12 +41,8 @@ def kept_secret(name: str) -> str:
 
 SECRET_KEY: str = env.str("SECRET_KEY", default="") or ("" if PRODUCTION else kept_secret("secret_key"))
 # Keys for connection credentials at rest: the first encrypts, all decrypt. 32 random bytes each, base64url.
-SEALING_KEYS: list[str] = env.list("SEALING_KEYS", default=[]) or (
-    [] if PRODUCTION else [kept_secret("sealing_key")]
-)
-ALLOWED_HOSTS: list[str] = env.list(
-    "ALLOWED_HOSTS", default=[] if PRODUCTION else ["localhost", "127.0.0.1", "[::1]"]
-)
+SEALING_KEYS: list[str] = env.list("SEALING_KEYS", default=[]) or ([] if PRODUCTION else [kept_secret("sealing_key")])
+ALLOWED_HOSTS: list[str] = env.list("ALLOWED_HOSTS", default=[] if PRODUCTION else ["localhost", "127.0.0.1", "[::1]"])
 CSRF_TRUSTED_ORIGINS: list[str] = env.list("CSRF_TRUSTED_ORIGINS", default=[])
 
 DATABASES: dict[str, dict[str, Any]] = {

@@ -34,7 +34,8 @@ class BearerKey(BaseAuthentication):
         key = ApiKey.find(secret, now=now)
         if key is None:
             raise exceptions.NotAuthenticated(
-                f"The API key in the {self.header} header is not valid." if secret
+                f"The API key in the {self.header} header is not valid."
+                if secret
                 else f"Send an API key in the {self.header} header."
             )
         if key.last_used_at is None or now - key.last_used_at > timedelta(minutes=1):

@@ -35,7 +35,10 @@ class Mirror(ViewSet):
         scope = "customers:read" if request.method in ("GET", "HEAD", "OPTIONS") else "customers:write"
         if scope not in self.key.scopes:
             raise exceptions.PermissionDenied(f"This API key lacks the scope {scope}.")
-        given = (*map(str, kwargs.values()), *(v for k in request.query_params for v in (k, *request.query_params.getlist(k))))
+        given = (
+            *map(str, kwargs.values()),
+            *(v for k in request.query_params for v in (k, *request.query_params.getlist(k))),
+        )
         if any("\x00" in text for text in given):
             raise exceptions.ParseError("Remove the NUL character from the address.")
 
@@ -49,7 +52,9 @@ class Mirror(ViewSet):
 
     @property
     def key(self) -> ApiKey:
-        key: ApiKey = self.request.auth
+        key = self.request.auth
+        if not isinstance(key, ApiKey):
+            raise exceptions.NotAuthenticated
         return key
 
     @property

@@ -54,24 +54,12 @@ class Wire(serializers.Serializer[Any]):
     address_city = serializers.CharField(max_length=255, required=False, allow_null=True, allow_blank=True)
     address_country = serializers.CharField(max_length=64, required=False, allow_null=True, allow_blank=True)
     address_state = serializers.CharField(max_length=255, required=False, allow_null=True, allow_blank=True)
-    address_postal_code = serializers.CharField(
-        max_length=32, required=False, allow_null=True, allow_blank=True
-    )
-    shipping_address_line1 = serializers.CharField(
-        max_length=255, required=False, allow_null=True, allow_blank=True
-    )
-    shipping_address_line2 = serializers.CharField(
-        max_length=255, required=False, allow_null=True, allow_blank=True
-    )
-    shipping_address_city = serializers.CharField(
-        max_length=255, required=False, allow_null=True, allow_blank=True
-    )
-    shipping_address_country = serializers.CharField(
-        max_length=64, required=False, allow_null=True, allow_blank=True
-    )
-    shipping_address_state = serializers.CharField(
-        max_length=255, required=False, allow_null=True, allow_blank=True
-    )
+    address_postal_code = serializers.CharField(max_length=32, required=False, allow_null=True, allow_blank=True)
+    shipping_address_line1 = serializers.CharField(max_length=255, required=False, allow_null=True, allow_blank=True)
+    shipping_address_line2 = serializers.CharField(max_length=255, required=False, allow_null=True, allow_blank=True)
+    shipping_address_city = serializers.CharField(max_length=255, required=False, allow_null=True, allow_blank=True)
+    shipping_address_country = serializers.CharField(max_length=64, required=False, allow_null=True, allow_blank=True)
+    shipping_address_state = serializers.CharField(max_length=255, required=False, allow_null=True, allow_blank=True)
     shipping_address_postal_code = serializers.CharField(
         max_length=32, required=False, allow_null=True, allow_blank=True
     )
@@ -217,7 +205,7 @@ class Links(Provider):
                 "Links needs an e-mail address. Enter one, such as name@example.com.", field="email", code="required"
             )
         # PUT demands both again.
-        sent = {"email": customer.email, "name": customer.name}
+        sent: dict[str, Any] = {"email": customer.email, "name": customer.name}
         for name in ("phone", *ADDRESSES):
             value = getattr(customer, name)
             if name in fields if fields is not None else value:
@@ -229,7 +217,9 @@ class Links(Provider):
         return self.record(answer.body)
 
     def update(self, session: Session, connection: Connection, outgoing: Outgoing) -> Record:
-        answer = session.request("PUT", f"/unified/customer/{quote(outgoing.remote_id or '', safe='')}", json=outgoing.document)
+        answer = session.request(
+            "PUT", f"/unified/customer/{quote(outgoing.remote_id or '', safe='')}", json=outgoing.document
+        )
         return self.record(answer.body)
 
     def fetch(self, session: Session, connection: Connection, remote_id: str) -> Record:
@@ -265,7 +255,9 @@ class Links(Provider):
         try:
             values = WIRE.read({k: v for k, v in document.items() if v is not None or k in ("email", "name")})
         except serializers.ValidationError as error:
-            raise Rejected(f"Links' record {document['id']} cannot be read: {error.detail}", code="unreadable") from None
+            raise Rejected(
+                f"Links' record {document['id']} cannot be read: {error.detail}", code="unreadable"
+            ) from None
         values |= {k: "" for k in (*ADDRESSES, "phone") if k in document and document[k] is None}
         return Record(
             values=values,

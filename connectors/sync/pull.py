@@ -116,9 +116,9 @@ def _time(text: str | None) -> datetime | None:
 
 def _lease(connection: Connection, now: datetime) -> str:
     token = secrets.token_hex(16)
-    taken = Connection.objects.filter(
-        Q(pull_until=None) | Q(pull_until__lte=now), pk=connection.pk
-    ).update(pull_token=token, pull_until=now + LEASE)
+    taken = Connection.objects.filter(Q(pull_until=None) | Q(pull_until__lte=now), pk=connection.pk).update(
+        pull_token=token, pull_until=now + LEASE
+    )
     if not taken:
         raise AlreadyRunning(f"A pull of {connection.name} is already running.")
     connection.refresh_from_db(fields=["checkpoint"])

@@ -202,9 +202,7 @@ def _batches(part: Slice, sendings: Sequence[Sending]) -> Iterator[list[Sending]
             yield alike[first : first + size]
 
 
-def _send(
-    part: Slice, provider: Provider, session: Session, token: str, sendings: Sequence[Sending]
-) -> None:
+def _send(part: Slice, provider: Provider, session: Session, token: str, sendings: Sequence[Sending]) -> None:
     """Send side by side, and keep each answer as soon as it is known. Database work stays in this thread."""
     last_start = part.clock() + LEASE / 2
     queue = list(_batches(part, sendings))

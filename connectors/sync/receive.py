@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
+from uuid import UUID
 
 from django.db import IntegrityError, transaction
 from django.utils import timezone
@@ -97,10 +98,12 @@ def _receive(
         organization=organization, values=[record.values for record in new.values()], actor=actor, at=at
     )
     merges: dict[Any, Merge] = {}
-    edits: dict[Any, Mapping[str, Any]] = {}
+    edits: dict[UUID, Mapping[str, Any]] = {}
+    targets: dict[Any, UUID] = {key: link.customer_id for key, link in links.items()}
+    targets |= {key: record.customer_id for key, record in known.items() if record.customer_id}
     for key, record in known.items():
         link = links.get(key)
-        customer_id = link.customer_id if link else record.customer_id
+        customer_id = targets[key]
         if fields is not None and link is not None and connection is not None:
             merges[key] = merge(
                 local={name: getattr(customers[link.customer_id], name) for name in fields},
@@ -118,9 +121,7 @@ def _receive(
         editing.restore(organization=organization, ids=revived, actor=actor, at=at)
         customers = editing.lock(organization=organization, ids=wanted)
     edited = (
-        editing.update(organization=organization, values=edits, actor=actor, at=at, locked=customers)
-        if edits
-        else {}
+        editing.update(organization=organization, values=edits, actor=actor, at=at, locked=customers) if edits else {}
     )
 
     results: dict[Any, Received] = {}
@@ -132,7 +133,7 @@ def _receive(
         results[key] = Received(outcome=CREATED, customer=customer, link=link)
     for key, record in known.items():
         link = links.get(key)
-        edit = edited[link.customer_id if link else record.customer_id]
+        edit = edited[targets[key]]
         if link is not None:
             _take(link, record, edit.customer, merges.get(key), at)
         results[key] = Received(

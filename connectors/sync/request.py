@@ -40,9 +40,7 @@ def request(
     rules and count as uncertain.
     """
     now = now or timezone.now()
-    customers = Customer.objects.filter(
-        organization_id=connection.organization_id, archived_at=None, merged_into=None
-    )
+    customers = Customer.objects.filter(organization_id=connection.organization_id, archived_at=None, merged_into=None)
     if customer_ids is not None:
         customers = customers.filter(pk__in=customer_ids)
     if since is not None:
@@ -65,8 +63,10 @@ def request(
             state=SyncRun.State.QUEUED,
             request={"customers": "chosen" if customer_ids is not None else "all"},
         )
-        asked = links.filter(dirty).exclude(waits).update(
-            run=run, next_attempt_at=now, state=LinkState.OPEN, attempts=0, updated_at=now
+        asked = (
+            links.filter(dirty)
+            .exclude(waits)
+            .update(run=run, next_attempt_at=now, state=LinkState.OPEN, attempts=0, updated_at=now)
         )
         waiting = links.filter(dirty & waits).count()
         clean = links.exclude(dirty).count()
@@ -90,7 +90,12 @@ def _link_missing(connection: Connection, customers: QuerySet[Customer], now: da
     while rows := list(missing[:LINK_ROWS]):
         with transaction.atomic():
             # Locked in order: two who link the same customers meet here, and the second finds the first one's links.
-            list(Customer.objects.filter(pk__in=[row[0] for row in rows]).order_by("pk").select_for_update().values_list("pk"))
+            list(
+                Customer.objects.filter(pk__in=[row[0] for row in rows])
+                .order_by("pk")
+                .select_for_update()
+                .values_list("pk")
+            )
             rows = list(missing.filter(pk__in=[row[0] for row in rows]))
             bulk.insert(
                 [

@@ -43,9 +43,7 @@ def start(
     )
 
 
-def add(
-    *, run_id: int, totals: Mapping[str, int], problems: Sequence[Mapping[str, Any]] = (), at: datetime
-) -> None:
+def add(*, run_id: int, totals: Mapping[str, int], problems: Sequence[Mapping[str, Any]] = (), at: datetime) -> None:
     """Add outcomes to a run. Counting is done by the database: several workers may add at once."""
     changes: dict[str, Any] = {name: F(name) + count for name, count in totals.items() if count}
     if changes:
@@ -84,4 +82,3 @@ def close_done(*, run_ids: set[int], at: datetime) -> None:
     for run in rows:
         if run.total >= run.planned:
             finish(run=run, at=at)
-

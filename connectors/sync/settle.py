@@ -92,9 +92,7 @@ INTENT_COLUMNS = ("outcome", "answered_at", "status", "error", "remote_request_i
 
 
 @transaction.atomic
-def settle(
-    part: Slice, *, token: str, settled: Sequence[Settled] = (), answered: Sequence[Sending] = ()
-) -> None:
+def settle(part: Slice, *, token: str, settled: Sequence[Settled] = (), answered: Sequence[Sending] = ()) -> None:
     """Write outcomes in a constant number of statements. A link that the token no longer holds is left alone: the
     fence. Its intent still tells what was answered.
     """
@@ -187,9 +185,7 @@ def _accepted(link: CustomerLink, sending: Sending, record: Record, now: datetim
     link.synced_at = now
 
 
-def _failed(
-    link: CustomerLink, sending: Sending, error: ConnectorError, part: Slice, now: datetime
-) -> str:
+def _failed(link: CustomerLink, sending: Sending, error: ConnectorError, part: Slice, now: datetime) -> str:
     """Say what becomes of a link whose call failed: parked, or tried again at a time."""
     if isinstance(error, ConnectionUnusable | NotSent):
         return RETRYING
@@ -243,9 +239,7 @@ def _count(
                 ),
                 at=now,
             )
-        counter, problems = by_run.setdefault(
-            link.run_id or (part.own.pk if part.own else 0), (Counter(), [])
-        )
+        counter, problems = by_run.setdefault(link.run_id or (part.own.pk if part.own else 0), (Counter(), []))
         counter[outcome] += 1
         if error is not None:
             problems.append(
@@ -257,9 +251,7 @@ def _count(
     runs.close_done(run_ids={pk for pk in by_run if part.own is None or pk != part.own.pk}, at=now)
 
 
-def _judge_connection(
-    connection: Connection, answers: Sequence[Record | ConnectorError | None], now: datetime
-) -> None:
+def _judge_connection(connection: Connection, answers: Sequence[Record | ConnectorError | None], now: datetime) -> None:
     """What the answers say of the account as a whole: wait, or stop until somebody repairs it."""
     changes: dict[str, Any] = {}
     waits = [a.retry_after for a in answers if isinstance(a, RetryLater) and a.retry_after is not None]

@@ -57,7 +57,13 @@ class FakeLinks:
             shown = rows[(page - 1) * limit : page * limit]
             return httpx2.Response(
                 200,
-                json={"data": shown, "page": page, "limit": limit, "totalPages": -(-len(rows) // limit), "totalResults": len(rows)},
+                json={
+                    "data": shown,
+                    "page": page,
+                    "limit": limit,
+                    "totalPages": -(-len(rows) // limit),
+                    "totalResults": len(rows),
+                },
             )
         if last not in self.records:
             return httpx2.Response(404, json={"message": "unknown"})

@@ -87,8 +87,15 @@ def test_the_source_is_the_leading_link(
     )
     shop = connect("cheqpay", direction=Connection.Direction.PUSH)
     CustomerLink.objects.create(
-        customer=customer, connection=shop, remote_id="sf_98765", remote_data={"custom_field": "value"}, is_primary=True,
-        pushed_version=1, needed_version=2, created_at=customer.created_at, updated_at=customer.created_at,
+        customer=customer,
+        connection=shop,
+        remote_id="sf_98765",
+        remote_data={"custom_field": "value"},
+        is_primary=True,
+        pushed_version=1,
+        needed_version=2,
+        created_at=customer.created_at,
+        updated_at=customer.created_at,
     )
     data = call("GET", f"{ONE}/{customer.public_id}").json()["data"]
     for key, value in example("create.response")["data"].items():
@@ -195,7 +202,9 @@ def test_the_id_of_a_merged_customer_answers_with_its_survivor(
     call: Callable[..., Any], organization: Organization
 ) -> None:
     survivor, merged = editing.create(
-        organization=organization, values=[{"name": "Survivor", "email": "a@example.com"}, {"name": "Merged"}], actor=ACTOR
+        organization=organization,
+        values=[{"name": "Survivor", "email": "a@example.com"}, {"name": "Merged"}],
+        actor=ACTOR,
     )
     Customer.objects.filter(pk=merged.pk).update(merged_into=survivor)
     assert call("GET", f"{ONE}/{merged.public_id}").json()["data"]["id"] == survivor.public_id
@@ -206,9 +215,7 @@ def test_a_method_that_is_not_documented_is_405_in_the_same_shape(call: Callable
     assert (answer.status_code, answer.json().keys()) == (405, {"message", "errors"})
 
 
-def test_statements_per_request_do_not_grow_with_the_page(
-    call: Callable[..., Any], organization: Organization
-) -> None:
+def test_statements_per_request_do_not_grow_with_the_page(call: Callable[..., Any], organization: Organization) -> None:
     values = [{"name": f"Example {n}", "email": f"{n}@example.com"} for n in range(60)]
     editing.create(organization=organization, values=values, actor=ACTOR)
     call("GET", MANY)
@@ -221,7 +228,7 @@ def test_statements_per_request_do_not_grow_with_the_page(
 
 
 @pytest.fixture
-def loop(api_key: str, connect: Callable[..., Connection]) -> tuple[Connection, Any]:
+def loop(transactional_db: None, api_key: str, connect: Callable[..., Connection]) -> tuple[Connection, Any]:
     """The client, pointed at the hub's own mirror without a network between."""
     connection = connect(
         "links",
@@ -243,9 +250,7 @@ def test_what_the_client_sends_arrives_as_it_left(
     values |= {"shipping_address_postal_code": "4567"}
     [left] = editing.create(organization=other_organization, values=[values], actor=ACTOR)
     document = links.document(left, connection=connection, uid=uuid7(), fields=None)
-    record = links.create(
-        session, connection, Outgoing(uid=uuid7(), remote_id=None, key=uuid7(), document=document)
-    )
+    record = links.create(session, connection, Outgoing(uid=uuid7(), remote_id=None, key=uuid7(), document=document))
     arrived = Customer.objects.get(organization=organization)
     assert {name: getattr(arrived, name) for name in links.fields} == {
         name: getattr(left, name) for name in links.fields
@@ -262,7 +267,10 @@ def test_what_the_client_sends_arrives_as_it_left(
 
     assert links.fetch(session, connection, arrived.public_id).values["phone"] == ""
     page = links.page(session, connection, cursor=None, since=None)
-    assert ([r.remote_id for r in page.records if not isinstance(r, Rejected)], page.next) == ([arrived.public_id], None)
+    assert ([r.remote_id for r in page.records if not isinstance(r, Rejected)], page.next) == (
+        [arrived.public_id],
+        None,
+    )
     with pytest.raises(Gone):
         links.fetch(session, connection, "cust_" + "0" * 26)
 

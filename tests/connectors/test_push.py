@@ -311,9 +311,7 @@ def test_a_record_that_is_gone_there_is_parked_as_gone(
     assert CustomerLink.objects.get().state == LinkState.REMOTE_DELETED
 
 
-def test_a_late_answer_is_fenced_off(
-    books: Connection, customer: Customer, system: FakeLinks, clock: Clock
-) -> None:
+def test_a_late_answer_is_fenced_off(books: Connection, customer: Customer, system: FakeLinks, clock: Clock) -> None:
     request(connection=books, actor=ACTOR, now=clock())
     part = slice_of(books, clock)
     token, sendings, _ = _prepare(part, PROVIDERS["links"], None, 10, clock())

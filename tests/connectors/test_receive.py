@@ -107,7 +107,9 @@ def test_parallel_upserts_of_one_key_make_one_customer(
     assert Customer.objects.count() == 2
     assert CustomerLink.objects.count() == 2
     for customer in Customer.objects.all():
-        versions = list(CustomerChange.objects.filter(customer=customer).values_list("version", flat=True).order_by("version"))
+        versions = list(
+            CustomerChange.objects.filter(customer=customer).values_list("version", flat=True).order_by("version")
+        )
         assert versions == list(range(1, customer.version + 1)), "each accepted write is one version"
         assert customer.version == 8
 
@@ -115,15 +117,22 @@ def test_parallel_upserts_of_one_key_make_one_customer(
 def test_a_change_that_arrives_dirties_other_systems_but_not_the_one_it_came_from(
     organization: Organization, connect: Callable[..., Connection]
 ) -> None:
-    there = connect("links", name="there", direction=Connection.Direction.PUSH_AND_PULL, base_url="https://a.example.com")
+    there = connect(
+        "links", name="there", direction=Connection.Direction.PUSH_AND_PULL, base_url="https://a.example.com"
+    )
     other = connect(
         "links", name="other", account="2", direction=Connection.Direction.PUSH, base_url="https://b.example.com"
     )
     take(there, record("R1", phone="+1"), fields=FIELDS)
     customer = Customer.objects.get()
     CustomerLink.objects.create(
-        customer=customer, connection=other, remote_id="O1", needed_version=1, pushed_version=1,
-        created_at=customer.created_at, updated_at=customer.updated_at,
+        customer=customer,
+        connection=other,
+        remote_id="O1",
+        needed_version=1,
+        pushed_version=1,
+        created_at=customer.created_at,
+        updated_at=customer.updated_at,
     )
     take(there, record("R1", phone="+2"), fields=FIELDS)
     assert not CustomerLink.objects.get(connection=there).is_dirty
@@ -144,7 +153,9 @@ def test_a_pull_keeps_an_edit_made_here_and_takes_what_moved_there(
     assert CustomerLink.objects.get().is_dirty, "the edit made here is still to be sent"
 
 
-@pytest.mark.parametrize(("policy", "wins"), [("hub_wins", "mine@example.com"), ("provider_wins", "theirs@example.com")])
+@pytest.mark.parametrize(
+    ("policy", "wins"), [("hub_wins", "mine@example.com"), ("provider_wins", "theirs@example.com")]
+)
 def test_a_field_changed_on_both_sides_follows_the_policy_and_tells_all_three_values(
     organization: Organization, connect: Callable[..., Connection], policy: str, wins: str
 ) -> None:

@@ -131,7 +131,9 @@ def statements(organization: Organization, size: int) -> tuple[int, int]:
         )
     with CaptureQueriesContext(connection) as updating:
         editing.update(
-            organization=organization, values={c.pk: {"phone": f"+1234567{n:03}"} for n, c in enumerate(customers)}, actor=ACTOR
+            organization=organization,
+            values={c.pk: {"phone": f"+1234567{n:03}"} for n, c in enumerate(customers)},
+            actor=ACTOR,
         )
     assert set(Customer.objects.filter(pk__in=[c.pk for c in customers]).values_list("version", flat=True)) == {2}
     return len(creating), len(updating)
@@ -141,7 +143,9 @@ def test_the_number_of_statements_does_not_grow_with_the_number_of_records(organ
     assert statements(organization, 2) == statements(organization, 150)
 
 
-def test_copy_and_the_json_parameter_store_the_same(organization: Organization, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copy_and_the_json_parameter_store_the_same(
+    organization: Organization, monkeypatch: pytest.MonkeyPatch
+) -> None:
     awkward = {
         "name": 'Tab\there "quoted" \\ back',
         "address_line1": "line\nbreak",

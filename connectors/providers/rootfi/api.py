@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 from urllib.parse import parse_qs, urlsplit
 
 from django.db import transaction
-from django.db.models import Case, F, Value, When
+from django.db.models import Case, F, TextField, Value, When
 from django.db.models.fields.json import KT
-from django.db.models.functions import Coalesce, Greatest
+from django.db.models.functions import Cast, Coalesce, Greatest
 from django.utils import timezone
 from rest_framework import serializers
 from rest_framework.exceptions import NotFound
@@ -262,7 +262,11 @@ class Customers(RootFiMirror):
             choices=STATUSES,
         ),
         "created_at": Time(Coalesce("remote_created_at", "created_at")),
-        "updated_at": KeptTime(KT("remote_data__updated_at"), otherwise="created_at"),
+        "updated_at": KeptTime(
+            # Cast, because SQLite compares a bare key with JSON.
+            Cast(KT("remote_data__updated_at"), TextField()),
+            otherwise="created_at",
+        ),
     }
     sortable = ("rootfi_id", "rootfi_created_at", "rootfi_updated_at")
 

@@ -56,6 +56,7 @@ class RootFi(Provider):
 
     def capabilities(self, connection: Connection) -> Capabilities:
         updates = _option(connection, UPDATES)
+        size = 1 if _option(connection, SINGLY) else BATCH
         return Capabilities(
             upsert_external_id=updates,
             updates=updates,
@@ -63,7 +64,8 @@ class RootFi(Provider):
             fetches=True,
             incremental=True,
             deletes="flag",
-            batch=1 if _option(connection, SINGLY) else BATCH,
+            batch=size,
+            update_batch=size,
         )
 
     def run_queued(self, run: SyncRun) -> None:

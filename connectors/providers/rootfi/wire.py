@@ -161,7 +161,7 @@ WIRE = Wire()
 
 
 def write(customer: Customer, *, fields: frozenset[str] | None) -> dict[str, Any]:
-    """The item that creates this customer, or with `fields` the one that changes those. It always has a name."""
+    """The item that creates this customer, or with `fields` the one that changes those. It has a name."""
     item: dict[str, Any] = {"name": customer.name}
     for wire, hub in TEXTS.items():
         if fields is None or hub in fields:
