@@ -324,9 +324,7 @@ class Cheqpay(Provider):
         try:
             return self.record(document)
         except serializers.ValidationError as error:
-            raise Rejected(
-                f"Cheqpay's record {remote_id} cannot be read: {error.detail}", code="unreadable"
-            ) from None
+            raise Rejected(f"Cheqpay's record {remote_id} cannot be read: {error.detail}", code="unreadable") from None
 
     def add_update(self, session: Session, document: Mapping[str, Any]) -> Record:
         answer = session.send("POST", "/customers/add-update", json=document)

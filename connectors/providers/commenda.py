@@ -286,8 +286,7 @@ class Customers(Mirror):
                 "status": fault.status,
                 "instance": self.request.path,
                 "Errors": [
-                    {"details": text, "pointer": "".join(f"/{part}" for part in path)}
-                    for path, text in fault.fields
+                    {"details": text, "pointer": "".join(f"/{part}" for part in path)} for path, text in fault.fields
                 ],
             }
         }
@@ -316,9 +315,7 @@ class Customers(Mirror):
             raise exceptions.NotFound
         return link
 
-    def answer(
-        self, link: CustomerLink, message: str, *, extend: Collection[str] = ("shipping_address",)
-    ) -> Response:
+    def answer(self, link: CustomerLink, message: str, *, extend: Collection[str] = ("shipping_address",)) -> Response:
         leading = None
         if not link.is_primary:
             primary = CustomerLink.objects.filter(customer=link.customer_id, is_primary=True, deleted_at=None)
@@ -615,9 +612,7 @@ def customer_in(body: Any) -> dict[str, Any] | None:
     return None
 
 
-def send(
-    session: Session, method: str, path: str, *, json: Any = None, params: Mapping[str, Any] | None = None
-) -> Any:
+def send(session: Session, method: str, path: str, *, json: Any = None, params: Mapping[str, Any] | None = None) -> Any:
     """The body of the answer. Raises ConnectorError, with the customer field and the words of a refusal."""
     answer = session.send(method, path, json=json, params=params)
     try:

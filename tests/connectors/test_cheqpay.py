@@ -157,9 +157,7 @@ def test_notification_options_given_in_part_are_merged(caller: Caller) -> None:
 def test_one_name_is_split_and_survives_being_sent_back(caller: Caller, organization: Organization) -> None:
     caller.send(MINIMAL)
     customer = Customer.objects.get()
-    editing.update(
-        organization=organization, values={customer.id: {"name": "Acme Trading Corporation"}}, actor=ACTOR
-    )
+    editing.update(organization=organization, values={customer.id: {"name": "Acme Trading Corporation"}}, actor=ACTOR)
     shown = caller.get("CUST-1").json()
     assert (shown["firstName"], shown["lastName"]) == ("Acme Trading", "Corporation")
     # A caller that sends back what it read says nothing new of the name.

@@ -297,9 +297,7 @@ class Customers(RootFiMirror):
         listing = understand(request.query_params, fields=self.fields, sortable=self.sortable)
         companies = self.companies(listing)
         # The organization again, on the customer: the indexes for exact searches begin with it.
-        rows = CustomerLink.objects.filter(
-            connection__in=list(companies), customer__organization=self.organization
-        )
+        rows = CustomerLink.objects.filter(connection__in=list(companies), customer__organization=self.organization)
         if not listing.include_deleted:
             rows = rows.filter(deleted_at=None, customer__archived_at=None)
         rows = listing.filtered(rows, self.fields)
@@ -343,9 +341,7 @@ class Syncs(RootFiMirror):
     def create(self, request: Request) -> Response:
         body = read_body(SYNC_ORDER, request.data)
         connection = self.company(body.pop("company_id"))
-        live = CustomerLink.objects.filter(
-            connection=connection, deleted_at=None, customer__archived_at=None
-        ).count()
+        live = CustomerLink.objects.filter(connection=connection, deleted_at=None, customer__archived_at=None).count()
         # What the hub has is current at any time, so a sync has nothing to wait for.
         now = timezone.now()
         run = self.start(
@@ -397,8 +393,7 @@ class Syncs(RootFiMirror):
         return Response(
             {
                 "data": [
-                    self.shown(run, asked.get(run.pk, {}), company_id=companies[run.connection_id or 0])
-                    for run in runs
+                    self.shown(run, asked.get(run.pk, {}), company_id=companies[run.connection_id or 0]) for run in runs
                 ],
                 "prev": address("prev", prev),
                 "next": address("next", following),

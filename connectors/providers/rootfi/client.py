@@ -251,9 +251,7 @@ def _company(connection: Connection) -> int:
     try:
         return int(connection.account)
     except ValueError:
-        raise ConnectionUnusable(
-            "The connection's account must be RootFi's company_id, a whole number."
-        ) from None
+        raise ConnectionUnusable("The connection's account must be RootFi's company_id, a whole number.") from None
 
 
 def _data(body: Any) -> list[Any]:

@@ -68,9 +68,7 @@ class Text(Field):
 
     operators = ("eq", "neq", "in", "contains")
 
-    def __init__(
-        self, expression: Combinable, *, key: tuple[str, Callable[[str], str]] | None = None
-    ) -> None:
+    def __init__(self, expression: Combinable, *, key: tuple[str, Callable[[str], str]] | None = None) -> None:
         super().__init__(expression)
         self.key = key
 
@@ -216,9 +214,7 @@ class Listing:
         if self.cursor is not None:
             rows = rows.filter(self._beyond(self.cursor))
         marks = ["-" if descending != self.backwards else "" for _, descending in self.order]
-        ordered = rows.order_by(
-            *(f"{mark}shown_{name}" for mark, (name, _) in zip(marks, self.order, strict=True))
-        )
+        ordered = rows.order_by(*(f"{mark}shown_{name}" for mark, (name, _) in zip(marks, self.order, strict=True)))
         found = list(ordered[: self.limit + 1])
         more, found = len(found) > self.limit, found[: self.limit]
         if self.backwards:
