@@ -869,7 +869,7 @@ def test_a_wrong_sync_is_refused_by_name(sync: Call, changes: Any, named: str) -
 
 @pytest.mark.parametrize(
     "kind",
-    ("SHOPIFY", "BIG_COMMERCE", "STRIPE", "HUBSPOT", "SALESFORCE", "XERO", "QUICKBOOKS", "ROOTFI_SANDBOX"),
+    ["SHOPIFY", "BIG_COMMERCE", "STRIPE", "HUBSPOT", "SALESFORCE", "XERO", "QUICKBOOKS", "ROOTFI_SANDBOX"],
 )
 def test_the_documented_integration_types_are_accepted(sync: Call, kind: str) -> None:
     assert sync(integration_type=kind).json()["data"]["integration_type"] == kind

@@ -21,7 +21,7 @@ from connectors.exceptions import (
     RetryLater,
 )
 from connectors.models import Connection, SyncRun
-from connectors.outbound import Session, raise_for_answer
+from connectors.outbound import Session
 from connectors.provider import Capabilities, Outgoing, Page, Provider, Record
 from connectors.providers.rootfi import api
 from connectors.providers.rootfi.wire import FIELDS, PATHS, STATUSES, WIRE, timestamp, write
@@ -209,14 +209,14 @@ class RootFi(Provider):
 
     def call(self, session: Session, method: str, **request: Any) -> Any:
         """One call of the only address; the body of its answer. Raises ConnectorError."""
-        answer = session.request(method, "/ecommerce/customers", **request)
-        if answer.status == 404:
+        try:
+            body = session.request(method, "/ecommerce/customers", **request).body
+        except Gone as error:
             # No record is named in the address: what is not there is the company or the address itself.
             raise ConnectionUnusable(
-                "RootFi knows no such company_id, or the address of the connection is wrong.", status=404
-            )
-        raise_for_answer(answer)
-        return answer.body
+                "RootFi knows no such company_id, or the address of the connection is wrong.", status=error.status
+            ) from error
+        return body
 
     def record(self, document: Any) -> Record:
         """One record of an answer -> Record."""
