@@ -1,8 +1,8 @@
 """CSV and XLSX rows to customers' values and back; neither direction holds more than one row.
 
 A text that a spreadsheet would take for a formula is written with an apostrophe before it, and exactly that apostrophe
-is taken away on reading: what is exported and imported again is the same. Values under `custom.<name>` that are no plain
-text are written as `json:` and their JSON, so that reading guesses nothing.
+is taken away on reading: what is exported and imported again is the same. Values under `custom.<name>` that are no
+plain text are written as `json:` and their JSON, so that reading guesses nothing.
 """
 
 from __future__ import annotations

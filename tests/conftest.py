@@ -1,12 +1,24 @@
 """What most tests start from: an organization, its key, and connections."""
 
-from collections.abc import Callable
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
+from django.conf import settings
+from django.db import connection
 from django.test import Client
 
 from connectors.models import ApiKey, Connection
+from connectors.outbound import close_shared_client
 from customers.models import Organization
 
 
@@ -40,11 +52,11 @@ def connect(organization: Organization) -> Callable[..., Connection]:
             "direction": Connection.Direction.CALLS_US,
         }
         credentials = fields.pop("credentials", None)
-        connection = Connection(**{**defaults, **fields})
+        made = Connection(**{**defaults, **fields})
         if credentials:
-            connection.seal_credentials(credentials)
-        connection.save()
-        return connection
+            made.seal_credentials(credentials)
+        made.save()
+        return made
 
     return make
 
@@ -52,3 +64,41 @@ def connect(organization: Organization) -> Callable[..., Connection]:
 @pytest.fixture
 def api() -> Client:
     return Client()
+
+
+@pytest.fixture
+def server(transactional_db: None, tmp_path: Path) -> Iterator[str]:
+    """The address of the real web server, on the tests' own database. Unlike Django's, it passes `api_key` headers."""
+    database = settings.DATABASES["default"]
+    name = connection.settings_dict["NAME"]
+    url = f"sqlite:///{name}"
+    if connection.vendor == "postgresql":
+        login = quote(database["USER"]) + (f":{quote(database['PASSWORD'])}" if database["PASSWORD"] else "")
+        url = f"postgres://{login}@{database['HOST']}:{database['PORT'] or 5432}/{name}"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {**os.environ, "DATABASE_URL": url, "LOG_LEVEL": "ERROR"}
+    environment.pop("DJANGO_SETTINGS_MODULE", None)
+    with (tmp_path / "server.log").open("wb") as log:
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "granian", "--interface", "wsgi", "--host", "127.0.0.1", "--port", str(port)),
+                *("--blocking-threads", "8", "--no-ws", "hub.wsgi:application"),
+            ],
+            env=environment,
+            stdout=log,
+            stderr=log,
+        )
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(200):
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/livez", timeout=5):
+                break
+            assert process.poll() is None, (tmp_path / "server.log").read_text()
+            time.sleep(0.1)
+        yield address
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+        close_shared_client()

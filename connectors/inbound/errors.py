@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from django.core.exceptions import RequestDataTooBig
+from django.core.exceptions import RequestDataTooBig, SuspiciousOperation
 from django.http import Http404
 from rest_framework import exceptions
 
@@ -61,6 +61,8 @@ def fault_of(error: Exception) -> Fault:
         case exceptions.ParseError() | RequestDataTooBig():
             detail = getattr(error, "detail", TooLarge.default_detail)
             return Fault(status=400, kind="malformed", message=str(detail))
+        case SuspiciousOperation():
+            return Fault(status=400, kind="malformed", message="The address of the request is not valid.")
         case exceptions.NotAuthenticated() | exceptions.AuthenticationFailed():
             return Fault(status=401, kind="unauthorized", message=str(error.detail))
         case exceptions.PermissionDenied():

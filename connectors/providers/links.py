@@ -23,6 +23,7 @@ from rest_framework.response import Response
 
 from connectors.exceptions import OutcomeUnknown, Rejected
 from connectors.inbound.errors import Fault, dotted
+from connectors.inbound.fields import Text, well_formed
 from connectors.inbound.mirror import Mirror, read_query
 from connectors.models import Connection, CustomerLink
 from connectors.outbound import Session
@@ -47,23 +48,21 @@ def timestamp(moment: datetime | None) -> str | None:
 class Wire(serializers.Serializer[Any]):
     """A customer in Links' words. Keys outside the request table are read-only: they are ignored when sent."""
 
-    email = serializers.EmailField(max_length=254)
-    name = serializers.CharField(max_length=255)
-    address_line1 = serializers.CharField(max_length=255, required=False, allow_null=True, allow_blank=True)
-    address_line2 = serializers.CharField(max_length=255, required=False, allow_null=True, allow_blank=True)
-    address_city = serializers.CharField(max_length=255, required=False, allow_null=True, allow_blank=True)
-    address_country = serializers.CharField(max_length=64, required=False, allow_null=True, allow_blank=True)
-    address_state = serializers.CharField(max_length=255, required=False, allow_null=True, allow_blank=True)
-    address_postal_code = serializers.CharField(max_length=32, required=False, allow_null=True, allow_blank=True)
-    shipping_address_line1 = serializers.CharField(max_length=255, required=False, allow_null=True, allow_blank=True)
-    shipping_address_line2 = serializers.CharField(max_length=255, required=False, allow_null=True, allow_blank=True)
-    shipping_address_city = serializers.CharField(max_length=255, required=False, allow_null=True, allow_blank=True)
-    shipping_address_country = serializers.CharField(max_length=64, required=False, allow_null=True, allow_blank=True)
-    shipping_address_state = serializers.CharField(max_length=255, required=False, allow_null=True, allow_blank=True)
-    shipping_address_postal_code = serializers.CharField(
-        max_length=32, required=False, allow_null=True, allow_blank=True
-    )
-    phone = serializers.CharField(max_length=64, required=False, allow_null=True, allow_blank=True)
+    email = Text(max_length=254, validators=[well_formed])
+    name = Text(max_length=255)
+    address_line1 = Text(max_length=255, required=False, allow_null=True, allow_blank=True)
+    address_line2 = Text(max_length=255, required=False, allow_null=True, allow_blank=True)
+    address_city = Text(max_length=255, required=False, allow_null=True, allow_blank=True)
+    address_country = Text(max_length=64, required=False, allow_null=True, allow_blank=True)
+    address_state = Text(max_length=255, required=False, allow_null=True, allow_blank=True)
+    address_postal_code = Text(max_length=32, required=False, allow_null=True, allow_blank=True)
+    shipping_address_line1 = Text(max_length=255, required=False, allow_null=True, allow_blank=True)
+    shipping_address_line2 = Text(max_length=255, required=False, allow_null=True, allow_blank=True)
+    shipping_address_city = Text(max_length=255, required=False, allow_null=True, allow_blank=True)
+    shipping_address_country = Text(max_length=64, required=False, allow_null=True, allow_blank=True)
+    shipping_address_state = Text(max_length=255, required=False, allow_null=True, allow_blank=True)
+    shipping_address_postal_code = Text(max_length=32, required=False, allow_null=True, allow_blank=True)
+    phone = Text(max_length=64, required=False, allow_null=True, allow_blank=True)
 
     def read(self, document: Any) -> dict[str, Any]:
         """Document -> the customer's fields. Raises ValidationError."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 from typing import Any
 from urllib.parse import quote
 
 import httpx2
 import pytest
+from django.db import connections
 from django.test import Client
 from django.test.utils import CaptureQueriesContext
 
@@ -209,6 +211,25 @@ def test_the_number_of_statements_is_the_same_for_create_and_update(
         caller.send(MINIMAL)
     with django_assert_max_num_queries(25):
         caller.send(MINIMAL | {"firstName": "Grace"})
+
+
+@pytest.mark.django_db(transaction=True)
+def test_parallel_calls_for_one_new_external_id_make_one_customer(caller: Caller, api_key: str) -> None:
+    codes: list[int] = []
+
+    def upsert(number: int) -> None:
+        for round_ in range(5):
+            body = {"externalId": f"CUST-{round_}", "firstName": f"Caller {number}"}
+            codes.append(Caller(api_key).send(body).status_code)
+        connections.close_all()
+
+    threads = [Thread(target=upsert, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert codes == [200] * 40
+    assert CustomerLink.objects.count() == Customer.objects.count() == 5
 
 
 # Who may call

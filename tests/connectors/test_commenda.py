@@ -7,12 +7,14 @@ import time
 from base64 import urlsafe_b64encode
 from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 from typing import Any
 from urllib.parse import urlencode
 from uuid import UUID, uuid4
 
 import httpx2
 import pytest
+from django.db import connections
 from django.test import Client
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
@@ -480,6 +482,27 @@ def test_a_create_with_the_external_id_of_a_deleted_customer_brings_it_back(call
     assert caller.get(created).status_code == 200
     assert caller.names() == ["Acme Again"]
     assert link_of(created).customer.archived_at is None
+
+
+@pytest.mark.django_db(transaction=True)
+def test_parallel_creates_and_deletes_of_one_external_id_leave_one_customer(caller: Caller, api_key: str) -> None:
+    codes: list[int] = []
+
+    def work(number: int) -> None:
+        mine = Caller(api_key)
+        for _ in range(5):
+            created = mine.create(external_id="ext_1", name=f"Caller {number}", business_identification_number="1")
+            codes.append(mine.delete(created).status_code if number % 2 else mine.get(created).status_code)
+        connections.close_all()
+
+    threads = [Thread(target=work, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(codes) == 30
+    assert set(codes) <= {200, 204, 404}
+    assert CustomerLink.objects.count() == Customer.objects.count() == 1
 
 
 # List

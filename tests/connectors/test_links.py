@@ -139,6 +139,8 @@ def test_a_wrong_page_is_refused(call: Callable[..., Any], query: str) -> None:
         ({"email": "not-an-address"}, "email"),
         ({"email": 5}, "email"),
         ({"name": ["a"]}, "name"),
+        ({"name": 5}, "name"),
+        ({"phone": True}, "phone"),
         ({"name": "x" * 256}, "name"),
         ({"phone": "1" * 65}, "phone"),
         ({"address_city": {"a": 1}}, "address_city"),
