@@ -8,7 +8,6 @@ ConnectorError            never raised itself
 └── ConnectionUnusable    pause the whole connection until somebody repairs it
 """
 
-# ruff: noqa: N818 - the names say what to do next; "Error" would say nothing more.
 
 from __future__ import annotations
 

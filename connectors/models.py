@@ -56,7 +56,7 @@ class Connection(models.Model):
         help_text="The account there: corporation_id (Commenda), merchant id (Cheqpay), company_id (RootFi).",
     )
     direction = models.CharField(max_length=16, choices=Direction, default=Direction.PUSH)
-    base_url = models.URLField(
+    base_url = models.CharField(
         blank=True,
         max_length=500,
         help_text="Where the API is, with its base path. A change of host clears the credentials.",
@@ -180,7 +180,7 @@ class ApiKey(models.Model):
 
     @classmethod
     def find(cls, secret: str, *, now: datetime) -> ApiKey | None:
-        """The usable key with this secret, its organization loaded; None for a blank, unknown, expired or revoked one."""
+        """The usable key with this secret, organization loaded; None if it is blank, unknown, expired or revoked."""
         if not secret:
             return None
         wanted = cls.hashed(secret)

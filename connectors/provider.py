@@ -1,7 +1,7 @@
 """What a provider declares and must supply.
 
-A provider must supply `slug`, `label`, `fields`, `urls`, `headers`, `document`, `create` and `update`. Everything else has a
-working default: batches loop over single calls, and what a document does not offer says so in words.
+A provider must supply `slug`, `label`, `fields`, `urls`, `headers`, `document`, `create` and `update`. Everything else
+has a working default: batches loop over single calls, and what a document does not offer says so in words.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Record:
 class Outgoing:
     """One customer on its way out. `document` is frozen: a repeat sends the same.
 
-    `remote_id` is None for a create. `uid` is the link's: the marker that a create carries where the format has room for
-    one. `key` is the idempotency key of this create or update. `remote_data` is the document last seen there.
+    `remote_id` is None for a create. `uid` is the link's: the marker that a create carries where the format has room
+    for one. `key` is the idempotency key of this create or update. `remote_data` is the document last seen there.
     """
 
     uid: UUID
@@ -60,7 +60,7 @@ class Outgoing:
 
 @dataclass(frozen=True, kw_only=True)
 class Page:
-    """A page of a provider's list. A record that cannot be read is the error that says why. `next` is None on the last."""
+    """A page of a provider's list, `next` None on the last. A record that cannot be read is the error that says why."""
 
     records: Sequence[Record | Rejected]
     next: str | None
@@ -153,6 +153,10 @@ class Provider:
     ) -> list[Record | ConnectorError]:
         """One answer per record, in order. A provider with a batch call overrides this."""
         return each(batch, lambda outgoing: self.update(session, connection, outgoing))
+
+    def delete(self, session: Session, connection: Connection, remote_id: str) -> None:
+        """Delete the record there. Raises Gone when it is not there."""
+        raise Rejected(f"{self.label} documents no way to delete a customer.", code="unsupported")
 
     def fetch(self, session: Session, connection: Connection, remote_id: str) -> Record:
         """The record as it is there now. Raises Gone when it is not there."""

@@ -134,6 +134,8 @@ def problems(values: Values, *, creating: bool) -> dict[str, list[str]]:
         name = values.get("name") or join_name(values.get("first_name") or "", values.get("last_name") or "")
         if not clean_text(str(name)):
             found["name"] = ["A customer needs a name."]
+        elif len(clean_text(str(name))) > LENGTHS["name"]:
+            found["name"] = [f"Use at most {LENGTHS['name']} characters for first and last name together."]
     elif creating and not named:
         found["name"] = ["A customer needs a name."]
     return found
@@ -148,7 +150,7 @@ def _columns(values: Values, *, organization: Organization, before: Customer | N
     if parts and not columns.get("name"):
         first = columns.get("first_name", before.first_name if before else "")
         last = columns.get("last_name", before.last_name if before else "")
-        columns["name"] = join_name(first, last) or (before.name if before else "")
+        columns["name"] = join_name(first, last)[: LENGTHS["name"]].strip() or (before.name if before else "")
     elif "name" in columns and not parts and before and columns["name"] != before.name:
         # A format with one name changed it: the two parts no longer make it up.
         columns |= {"first_name": "", "last_name": ""}

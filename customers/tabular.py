@@ -342,7 +342,7 @@ def _row(number: int, cells: Sequence[Cell], columns: Sequence[str | None], *, r
             ids[column] = text.strip()
     customer_id = parse_public_id("cust", ids["id"]) if "id" in ids else None
     if "id" in ids and customer_id is None:
-        wrong["id"] = "This is not a customer's id: cust_ and 26 characters."
+        wrong["id"] = "This is no customer's id (cust_…). An id of another system belongs in external_id."
     external_id = ids.get("external_id")
     if external_id is not None and (len(external_id) > EXTERNAL_ID_LENGTH or has_control_characters(external_id)):
         wrong["external_id"] = f"Use at most {EXTERNAL_ID_LENGTH} characters, without control characters."

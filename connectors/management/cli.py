@@ -24,7 +24,7 @@ from typing import Any
 
 import orjson
 import rich.progress
-from django.core.management.base import BaseCommand, CommandError, CommandParser
+from django.core.management.base import BaseCommand, CommandError, CommandParser, DjangoHelpFormatter
 from django.utils import timezone
 from django.utils.dateparse import parse_date, parse_datetime
 from rich.console import Console
@@ -77,6 +77,10 @@ class WrongUse(CommandError):
         super().__init__(message, returncode=Exit.WRONG_USE)
 
 
+class _HelpFormatter(DjangoHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Django's order of options, and the line breaks of the text."""
+
+
 class HubCommand(BaseCommand):
     """A command whose help begins with examples, and that speaks to people on stderr alone."""
 
@@ -84,14 +88,11 @@ class HubCommand(BaseCommand):
     epilog = EXIT_CODES
 
     def create_parser(self, prog_name: str, subcommand: str, **kwargs: Any) -> CommandParser:
-        return super().create_parser(
-            prog_name,
-            subcommand,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            description=f"{self.help}\n\nexamples:\n{self.examples}" if self.examples else self.help,
-            epilog=self.epilog,
-            **kwargs,
-        )
+        parser = super().create_parser(prog_name, subcommand, **kwargs)
+        parser.formatter_class = _HelpFormatter
+        parser.description = f"{self.help}\n\nexamples:\n{self.examples}" if self.examples else self.help
+        parser.epilog = self.epilog
+        return parser
 
     def say(self, text: str) -> None:
         self.stderr.write(text, style_func=str)
@@ -151,7 +152,8 @@ def find_organization(slug: str) -> Organization:
 
 
 def _known(what: str, model: Any, column: str, **scope: Any) -> str:
-    names = list(model.objects.filter(**scope).order_by(column).values_list(column, flat=True).distinct()[: NAMES_SHOWN + 1])
+    rows = model.objects.filter(**scope).order_by(column).values_list(column, flat=True).distinct()
+    names = list(rows[: NAMES_SHOWN + 1])
     if not names:
         return f"There are no {what} yet."
     more = " …" if len(names) > NAMES_SHOWN else ""
@@ -335,8 +337,8 @@ def table(outcomes: Sequence[Outcome]) -> str:
     ]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
+        "  ".join(cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in enumerate(pairs))
+        for pairs in (zip(row, widths, strict=True) for row in rows)
     ]
     for outcome in outcomes:
         before = f"{outcome.label}: " if len(outcomes) > 1 else ""
@@ -400,20 +402,18 @@ class ConnectionCommand(HubCommand):
                     outcomes.append(self._work(operation, connection, stop, options))
         report(self, outcomes, as_json=options["as_json"], stopped=stop())
 
-    def _work(
-        self, operation: Operation, connection: Connection, stop: Stop, options: Mapping[str, Any]
-    ) -> Outcome:
+    def _work(self, operation: Operation, connection: Connection, stop: Stop, options: Mapping[str, Any]) -> Outcome:
         outcome = Outcome(
             label=connection.name,
             organization=connection.organization.slug,
-            operation=operation.__name__,
+            operation=operation.name,
             dry_run=options["dry_run"],
         )
         try:
             if connection.state != Connection.State.ACTIVE:
                 reason = connection.state_reason or "See the connection in the admin."
                 raise ConnectionUnusable(f"{connection.get_state_display()}: {reason}")
-            operation(self, connection, outcome, stop, options)
+            operation.work(self, connection, outcome, stop, options)
         except AlreadyRunning as error:
             outcome.fail(Exit.RUNNING, str(error))
         except UnsealError as error:
@@ -423,7 +423,7 @@ class ConnectionCommand(HubCommand):
         except ConnectorError as error:
             outcome.fail(Exit.UNUSABLE, error.message)
         except Exception as error:  # the other connections have nothing to do with it
-            logger.exception("%s at connection %s failed", operation.__name__, connection.pk)
+            logger.exception("%s at connection %s failed", operation.name, connection.pk)
             outcome.fail(Exit.FAILED, f"The hub failed: {type(error).__name__}.")
         if any(outcome.totals[name] for name in UNTIDY):
             outcome.code = worst((outcome.code, Exit.ATTENTION))
@@ -440,5 +440,9 @@ class ConnectionCommand(HubCommand):
         raise NotImplementedError
 
 
-# Works on one connection and fills in the outcome, also before it raises. Its name is shown.
-Operation = Callable[[HubCommand, Connection, Outcome, Stop, Mapping[str, Any]], None]
+@dataclass(frozen=True)
+class Operation:
+    """A named piece of work on one connection. It fills in the outcome, also before it raises."""
+
+    name: str
+    work: Callable[[HubCommand, Connection, Outcome, Stop, Mapping[str, Any]], None]

@@ -22,6 +22,7 @@ from rest_framework.response import Response
 from connectors.exceptions import ConnectionUnusable, Gone, OutcomeUnknown, Rejected, RetryLater
 from connectors.inbound.authentication import BearerKey
 from connectors.inbound.errors import Fault, dotted
+from connectors.inbound.fields import Flag, Text, well_formed
 from connectors.inbound.mirror import Mirror
 from connectors.models import Connection, CustomerLink
 from connectors.outbound import Session, raise_for_answer
@@ -30,14 +31,7 @@ from connectors.sealing import Secret
 from connectors.sync.receive import receive
 from customers import editing
 from customers.models import Customer
-from customers.normalize import (
-    clean_text,
-    has_control_characters,
-    is_email,
-    join_name,
-    phone_key,
-    split_name,
-)
+from customers.normalize import is_email, join_name, phone_key, split_name
 
 # Dotted wire names and the customer's fields.
 FIELD_OF = {
@@ -79,33 +73,9 @@ def parts_of(customer: Customer) -> tuple[str, str]:
     return (first, last) if first and join_name(first, last) == customer.name else split_name(customer.name)
 
 
-def well_formed(text: str) -> None:
-    if not is_email(text):
-        raise serializers.ValidationError("Give an e-mail address, such as name@example.com.")
-
-
 def dialable(text: str) -> None:
     if not phone_key(text):
         raise serializers.ValidationError("Give a phone number with country code, such as +1234567890.")
-
-
-class Text(serializers.CharField):
-    """A JSON string in the form in which the hub stores it. Numbers are not texts."""
-
-    def to_internal_value(self, data: Any) -> str:
-        if not isinstance(data, str):
-            self.fail("invalid")
-        if has_control_characters(data):
-            raise serializers.ValidationError("Remove the control characters.")
-        text = super().to_internal_value(data)
-        return clean_text(text) if self.trim_whitespace else text
-
-
-class Flag(serializers.BooleanField):
-    def to_internal_value(self, data: Any) -> bool:
-        if not isinstance(data, bool):
-            self.fail("invalid", input=data)
-        return data
 
 
 class Notices(serializers.Serializer[Any]):

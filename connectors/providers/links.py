@@ -1,8 +1,8 @@
 """Links, the unified customer API.
 
 Documentation: https://docs.thelinks.ai/docs/sdk/api-references/unified-models/unified-customer/createUnifiedCustomer
-(and updateUnifiedCustomer, getUnifiedCustomerById, getPaginatedUnifiedCustomerLists). Its records are the golden records
-themselves: what it shows of a source is the customer's leading link.
+(and updateUnifiedCustomer, getUnifiedCustomerById, getPaginatedUnifiedCustomerLists). Its records are the golden
+records themselves: what it shows of a source is the customer's leading link.
 """
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ class Links(Provider):
 
     def create(self, session: Session, connection: Connection, outgoing: Outgoing) -> Record:
         answer = session.request("POST", "/unified/customer", json=outgoing.document)
-        return self.record(answer.body)
+        return self.stored(answer.body)
 
     def update(self, session: Session, connection: Connection, outgoing: Outgoing) -> Record:
         answer = session.request(
@@ -245,6 +245,13 @@ class Links(Provider):
                 records.append(Rejected(error.message, code="unreadable"))
         last = number >= int(body.get("totalPages") or 0)
         return Page(records=records, next=None if last else str(number + 1))
+
+    def stored(self, body: Any) -> Record:
+        """What a write answered. It is stored, however strange the answer: the id is known if nothing else."""
+        try:
+            return self.record(body)
+        except Rejected:
+            return Record(values={}, document=body["data"], remote_id=body["data"]["id"])
 
     def record(self, body: Any) -> Record:
         """`{"data": {…}}` -> Record. What Links itself would refuse is kept out of the hub, too."""

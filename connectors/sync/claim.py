@@ -1,7 +1,7 @@
 """Taking due links for one worker alone, and giving them back: lease and fence.
 
-A lease is a random token and a time. Whoever answers must still hold the token; an answer that comes after somebody else
-took the link over is refused.
+A lease is a random token and a time. Whoever answers must still hold the token; an answer that comes after somebody
+else took the link over is refused.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The one door out: what is due at a connection is claimed, sent, and its answer kept.
 
-A worker, a command and a button all come through here. No transaction is open while a call is under way, and what may have
-been sent is on disk before the first byte leaves.
+A worker, a command and a button all come through here. No transaction is open while a call is under way, and what may
+have been sent is on disk before the first byte leaves.
 """
 
 from __future__ import annotations

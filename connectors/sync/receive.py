@@ -49,8 +49,8 @@ def receive(
     A record with a known `remote_id` (or with a `link_id` or `customer_id`) changes that customer; any other makes a
     new one. Two records of one key in a batch count as one after the other.
 
-    With `fields` (a pull: the fields that the provider maps) each known record is merged three ways, so that an edit made
-    here is not lost. Without, the caller is the author and what it names is set.
+    With `fields` (a pull: the fields that the provider maps) each known record is merged three ways, so that an edit
+    made here is not lost. Without, the caller is the author and what it names is set.
 
     Raises UnknownCustomer for an id that is not this organization's, InvalidCustomer for values no customer may have.
     """

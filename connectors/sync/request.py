@@ -35,9 +35,9 @@ def request(
 ) -> SyncRun:
     """Ask for these customers (None: all of the organization that are not archived) to be in that system, now.
 
-    Links that are missing are made. Links that are in sync are counted as unchanged at once; the others become due, also
-    those that were rejected. The run ends when each has an outcome. Uncertain and conflicting links are left to their
-    rules and count as uncertain.
+    Links that are missing are made. Links that are in sync are counted as unchanged at once; the others become due,
+    also those that were rejected. The run ends when each has an outcome. Uncertain and conflicting links are left to
+    their rules and count as uncertain.
     """
     now = now or timezone.now()
     customers = Customer.objects.filter(organization_id=connection.organization_id, archived_at=None, merged_into=None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Any
 
+from django.core.exceptions import ValidationError
 from django.core.management.base import CommandParser
 from django.core.validators import validate_slug
 from django.utils import timezone
@@ -32,7 +33,7 @@ class Command(HubCommand):
             help="What the key may do; repeat for more. Without it: everything.",
         )
         parser.add_argument("--expires-in", type=positive, metavar="DAYS", help="Without it the key does not expire.")
-        parser.add_argument("--create-organization", action="store_true", help="Make the organization if it is missing.")
+        parser.add_argument("--create-organization", action="store_true", help="Make the organization if need be.")
 
     def handle(self, *args: Any, **options: Any) -> None:
         slug = options["organization"]
@@ -41,7 +42,7 @@ class Command(HubCommand):
         if options["create_organization"]:
             try:
                 validate_slug(slug)
-            except ValueError as error:
+            except ValidationError as error:
                 raise WrongUse("An organization is named by letters, digits, - and _.") from error
             organization, _ = Organization.objects.get_or_create(slug=slug, defaults={"name": slug})
         else:

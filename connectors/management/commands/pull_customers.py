@@ -33,9 +33,7 @@ def unfit_to_pull(connection: Connection) -> str:
     return ""
 
 
-def pull(
-    command: HubCommand, connection: Connection, outcome: Outcome, stop: Stop, options: Mapping[str, Any]
-) -> None:
+def pull(command: HubCommand, connection: Connection, outcome: Outcome, stop: Stop, options: Mapping[str, Any]) -> None:
     """Read and merge what is new there, and count. Raises what ends it early; what was counted before stays."""
     provider = PROVIDERS[connection.provider]
     with Progress(command, f"{connection.name} pull", options["limit"] or 0) as progress:
@@ -72,4 +70,4 @@ class Command(ConnectionCommand):
         return unfit_to_pull(connection)
 
     def operations(self, connection: Connection) -> list[Operation]:
-        return [pull]
+        return [Operation("pull", pull)]

@@ -49,9 +49,7 @@ def unfit_to_push(connection: Connection) -> str:
     return ""
 
 
-def push(
-    command: HubCommand, connection: Connection, outcome: Outcome, stop: Stop, options: Mapping[str, Any]
-) -> None:
+def push(command: HubCommand, connection: Connection, outcome: Outcome, stop: Stop, options: Mapping[str, Any]) -> None:
     """Ask for the customers to be there, send until each has an outcome, and count. Raises what ends it early."""
     provider = PROVIDERS[connection.provider]
     session = provider.session(connection)
@@ -230,7 +228,7 @@ class Command(ConnectionCommand):
         return unfit_to_push(connection)
 
     def operations(self, connection: Connection) -> list[Operation]:
-        return [push]
+        return [Operation("push", push)]
 
 
 def add_wait(parser: CommandParser) -> None:

@@ -25,6 +25,6 @@ class Command(ConnectionCommand):
 
     def operations(self, connection: Connection) -> list[Operation]:
         return [
-            *([] if unfit_to_pull(connection) else [pull]),
-            *([] if unfit_to_push(connection) else [push]),
+            *([] if unfit_to_pull(connection) else [Operation("pull", pull)]),
+            *([] if unfit_to_push(connection) else [Operation("push", push)]),
         ]

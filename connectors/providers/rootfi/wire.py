@@ -11,6 +11,7 @@ from typing import Any
 import orjson
 from rest_framework import serializers
 
+from connectors.inbound import fields
 from connectors.models import CustomerLink
 from connectors.provider import Record
 from customers import editing
@@ -56,8 +57,8 @@ def data_hash(document: Mapping[str, Any]) -> str:
     return hashlib.sha256(orjson.dumps(document, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
-class Text(serializers.CharField):
-    """A text of any length: what a customer may have is judged by `customers.editing`."""
+class Text(fields.Text):
+    """A text that may be absent, of any length: what a customer may have is judged by `customers.editing`."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"required": False, "allow_null": True, "allow_blank": True, **options})
@@ -78,7 +79,7 @@ class Wire(serializers.Serializer[Any]):
     """The writable keys of one customer. Any others are ignored: the documented answer has several more."""
 
     platform_id = Text(max_length=255)
-    name = serializers.CharField()
+    name = fields.Text()
     email = Text()
     phone = Text()
     currency_id = Text()
