@@ -181,7 +181,6 @@ def _change(customer: Customer, changes: dict[str, list[Any]], *, actor: Actor, 
     )
 
 
-@transaction.atomic
 def create(
     *, organization: Organization, values: Sequence[Values], actor: Actor, at: datetime | None = None
 ) -> list[Customer]:
@@ -196,11 +195,12 @@ def create(
         customers.append(customer)
         filled = {name: [None, columns[name]] for name in EDITABLE if columns.get(name) not in (None, "", {})}
         changes.append(_change(customer, filled, actor=actor, at=at))
-    bulk.insert(customers)
-    bulk.insert(changes)
-    changed = [Changed(customer_id=c.id, version=1, fields=frozenset(EDITABLE), created=True) for c in customers]
-    if changed:
-        customers_changed.send(sender=Customer, organization=organization, actor=actor, changes=changed)
+    with transaction.atomic(savepoint=False):
+        bulk.insert(customers)
+        bulk.insert(changes)
+        changed = [Changed(customer_id=c.id, version=1, fields=frozenset(EDITABLE), created=True) for c in customers]
+        if changed:
+            customers_changed.send(sender=Customer, organization=organization, actor=actor, changes=changed)
     return customers
 
 
@@ -219,7 +219,6 @@ def lock(*, organization: Organization, ids: Iterable[UUID]) -> dict[UUID, Custo
     return {id_: found[found[id_].merged_into_id or id_] for id_ in wanted}
 
 
-@transaction.atomic
 def update(
     *,
     organization: Organization,
@@ -237,15 +236,20 @@ def update(
     """
     if errors := {i: e for i, row in enumerate(values.values()) if (e := problems(row, creating=False))}:
         raise InvalidCustomer(errors)
-    found = locked or lock(organization=organization, ids=values)
-    if stale := [found[id_] for id_, version in (expected or {}).items() if found[id_].version != version]:
-        raise StaleVersion(stale)
-    return _write(
-        {id_: (found[id_], _columns(row, organization=organization, before=found[id_])) for id_, row in values.items()},
-        organization=organization,
-        actor=actor,
-        at=at or timezone.now(),
-    )
+    # A savepoint only where somebody may catch StaleVersion and go on in the same transaction.
+    with transaction.atomic(savepoint=bool(expected)):
+        found = locked or lock(organization=organization, ids=values)
+        if stale := [found[id_] for id_, version in (expected or {}).items() if found[id_].version != version]:
+            raise StaleVersion(stale)
+        return _write(
+            {
+                id_: (found[id_], _columns(row, organization=organization, before=found[id_]))
+                for id_, row in values.items()
+            },
+            organization=organization,
+            actor=actor,
+            at=at or timezone.now(),
+        )
 
 
 def _write(

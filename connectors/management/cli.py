@@ -202,7 +202,9 @@ class Stop:
 
 @contextmanager
 def stopping(tell: Callable[[str], None], text: str) -> Iterator[Stop]:
-    """Turn the first Ctrl-C or SIGTERM into a question that the work asks itself; the second ends it at once."""
+    """Turn the first Ctrl-C, SIGTERM or closed terminal into a question that the work asks itself; the second ends it
+    at once.
+    """
     stop = Stop()
 
     def asked(number: int, frame: FrameType | None) -> None:
@@ -214,7 +216,10 @@ def stopping(tell: Callable[[str], None], text: str) -> Iterator[Stop]:
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {number: signal.signal(number, asked) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup sets it
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, asked) for number in numbers}
     try:
         yield stop
     finally:
@@ -329,7 +334,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
     rows = [[("would be" if dry else ""), *SyncRun.TOTALS, "total"]]
     rows += [
         [
-            f"{outcome.label} {outcome.operation}",
+            " ".join(dict.fromkeys((outcome.label, outcome.operation))),
             *(f"{outcome.totals[name]:,}" for name in SyncRun.TOTALS),
             f"{outcome.planned:,}",
         ]

@@ -171,6 +171,7 @@ def _take_page(
         outcomes["created"] += sum(record.remote_id not in known for record in alive)
         return outcomes, problems
     if deleted:
+        runs.release(links=CustomerLink.objects.filter(pk__in=deleted), at=at)
         moved = CustomerLink.objects.filter(pk__in=deleted, deleted_at=None).update(
             deleted_at=at, state=LinkState.REMOTE_DELETED, next_attempt_at=None, updated_at=at
         )

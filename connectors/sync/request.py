@@ -63,6 +63,7 @@ def request(
             state=SyncRun.State.QUEUED,
             request={"customers": "chosen" if customer_ids is not None else "all"},
         )
+        runs.release(links=links.filter(dirty).exclude(waits), at=now)
         asked = (
             links.filter(dirty)
             .exclude(waits)

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from django.db.models import F
+from django.db.models import Count, F, QuerySet
 
-from connectors.models import Connection, SyncRun
+from connectors.models import Connection, CustomerLink, SyncRun
 from customers.editing import Actor
 from customers.models import Organization
 
@@ -74,6 +74,18 @@ def finish(*, run: SyncRun, at: datetime, error: str = "") -> SyncRun:
     run.finished_at = at
     run.save(update_fields=["planned", "skipped", "state", "error", "finished_at", "updated_at"])
     return run
+
+
+def release(*, links: QuerySet[CustomerLink], at: datetime) -> None:
+    """Take these links from the runs that wait for them, as skipped: another run or a delete has come first."""
+    waiting = links.exclude(run=None).order_by().values_list("run").annotate(number=Count("pk"))
+    numbers = {run_id: number for run_id, number in waiting if run_id is not None}
+    if not numbers:
+        return
+    links.exclude(run=None).update(run=None)
+    for run_id, number in numbers.items():
+        add(run_id=run_id, totals={"skipped": number}, at=at)
+    close_done(run_ids=set(numbers), at=at)
 
 
 def close_done(*, run_ids: set[int], at: datetime) -> None:

@@ -311,6 +311,17 @@ def test_a_record_that_is_gone_there_is_parked_as_gone(
     assert CustomerLink.objects.get().state == LinkState.REMOTE_DELETED
 
 
+def test_a_second_request_takes_the_links_over_and_the_first_run_ends(
+    books: Connection, customer: Customer, system: FakeLinks, clock: Clock, send: Callable[..., Counter[str]]
+) -> None:
+    first = request(connection=books, actor=ACTOR, now=clock())
+    second = request(connection=books, actor=ACTOR, now=clock())
+    send()
+    for run, outcome in ((first, "skipped"), (second, "created")):
+        run.refresh_from_db()
+        assert (run.state, run.planned, getattr(run, outcome)) == (SyncRun.State.SUCCEEDED, 1, 1)
+
+
 def test_a_late_answer_is_fenced_off(books: Connection, customer: Customer, system: FakeLinks, clock: Clock) -> None:
     request(connection=books, actor=ACTOR, now=clock())
     part = slice_of(books, clock)
