@@ -13,7 +13,6 @@ from django.contrib.auth.models import Group, User
 from django.core.exceptions import PermissionDenied
 from django.db.models import ForeignKey, Q, QuerySet
 from django.http import Http404, HttpRequest, HttpResponse, HttpResponseRedirect
-from django.template.response import TemplateResponse
 from django.urls import URLPattern, path, reverse
 from django.utils.html import format_html
 from django.views.decorators.http import require_POST
@@ -106,9 +105,7 @@ class OwnAdmin(theme.ModelAdmin):
                 kwargs["initial"] = own[0].pk
         return super().formfield_for_foreignkey(db_field, request, **kwargs)
 
-    def changelist_view(
-        self, request: HttpRequest, extra_context: dict[str, Any] | None = None
-    ) -> HttpResponse:
+    def changelist_view(self, request: HttpRequest, extra_context: dict[str, Any] | None = None) -> HttpResponse:
         action = request.POST.get("action")
         if request.method == "POST" and action in (self.actions or ()) and action not in self.get_actions(request):
             raise PermissionDenied
@@ -172,7 +169,7 @@ class CustomerAdmin(OwnAdmin):
     def get_search_results(
         self, request: HttpRequest, queryset: QuerySet[Any], search_term: str
     ) -> tuple[QuerySet[Any], bool]:
-        """What an id, an e-mail address, a phone number or the beginning of a name hits; only without a hit, its parts."""
+        """What an id, an e-mail address, a phone number or the beginning of a name hits; without a hit, its parts."""
         term = search_term.strip()
         if not term:
             return queryset, False
@@ -190,9 +187,9 @@ class CustomerAdmin(OwnAdmin):
         self, request: HttpRequest, customers: QuerySet[Customer], term: str
     ) -> list[QuerySet[Customer, Any]]:
         """Queries for the ids of the customers that the term names exactly."""
-        if uid := parse_public_id("cust", term):
-            return [customers.filter(pk=uid).values_list("pk", flat=True)]
         found = Q()
+        if uid := parse_public_id("cust", term):
+            found |= Q(pk=uid)
         if "@" in term:
             found |= Q(email_key=email_key(term))
         countries = {organization.country for organization in organizations(request)} or {""}
@@ -243,9 +240,7 @@ class CustomerAdmin(OwnAdmin):
         values = form.values()
         if change:
             seen = {obj.pk: form.cleaned_data["seen_version"]}
-            edits = editing.update(
-                organization=obj.organization, values={obj.pk: values}, actor=actor, expected=seen
-            )
+            edits = editing.update(organization=obj.organization, values={obj.pk: values}, actor=actor, expected=seen)
             stored = edits[obj.pk].customer
         else:
             [stored] = editing.create(organization=obj.organization, values=[values], actor=actor)
@@ -325,10 +320,12 @@ class CustomerAdmin(OwnAdmin):
         self.message_user(request, f"{moved} customers are {where}.", messages.SUCCESS)
 
 
-def by_organization(customers: QuerySet[Customer]) -> Iterator[tuple[Organization, list[UUID]]]:
-    """The ids of these customers, apart for each organization."""
+def by_organization(
+    customers: QuerySet[Customer], *, limit: int | None = None
+) -> Iterator[tuple[Organization, list[UUID]]]:
+    """The ids of these customers (at most `limit`), apart for each organization."""
     ids: dict[int, list[UUID]] = {}
-    for organization, pk in customers.order_by("pk").values_list("organization_id", "pk"):
+    for organization, pk in customers.order_by("pk").values_list("organization_id", "pk")[:limit]:
         ids.setdefault(organization, []).append(pk)
     for found in Organization.objects.filter(pk__in=ids):
         yield found, ids[found.pk]
@@ -421,7 +418,7 @@ admin.site.site_header = admin.site.site_title = "Customer Hub"
 
 
 @admin.register(User)
-class UserAdmin(DjangoUserAdmin[User], theme.ModelAdmin):
+class UserAdmin(DjangoUserAdmin, theme.ModelAdmin):  # type: ignore[type-arg] # none at run time
     form = theme.UserChangeForm
     add_form = theme.UserCreationForm
     change_password_form = theme.AdminPasswordChangeForm

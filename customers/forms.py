@@ -12,7 +12,7 @@ from django.core.exceptions import ValidationError
 from customers import editing
 from customers.models import Customer, CustomerChange
 from customers.normalize import is_email
-from customers.theme import EmailInput, TextInput
+from customers.theme import EmailInput, ModelForm, TextInput
 
 
 def label(name: str) -> str:
@@ -32,7 +32,7 @@ def shown(value: Any) -> str:
     return f"‹{json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else value}›"
 
 
-class CustomerForm(forms.ModelForm[Customer]):
+class CustomerForm(ModelForm):
     """Edits one customer. `seen_version` is the version that the page showed.
 
     When the customer has moved on, nothing is valid to save: the form then holds what the others changed, what this
@@ -65,7 +65,7 @@ class CustomerForm(forms.ModelForm[Customer]):
 
     @property
     def adding(self) -> bool:
-        return self.instance._state.adding
+        return bool(self.instance._state.adding)
 
     def clean_email(self) -> str:
         email: str = self.cleaned_data["email"]
@@ -132,7 +132,8 @@ class CustomerForm(forms.ModelForm[Customer]):
 
     def _put(self, values: Mapping[str, Any]) -> None:
         """Show these values when the form is displayed again."""
-        data = self.data.copy()
+        data: Any = self.data
+        data = data.copy()
         for field, value in values.items():
             name = self.add_prefix(field)
             if isinstance(value, bool):

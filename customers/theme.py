@@ -5,23 +5,26 @@ of the other and everything works without the theme.
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
+    from django import forms
     from django.contrib import admin
     from django.contrib.auth.forms import AdminPasswordChangeForm, UserChangeForm, UserCreationForm
     from django.forms import CheckboxInput, CheckboxSelectMultiple, EmailInput, PasswordInput, Select, TextInput
 
+    ModelForm: TypeAlias = forms.ModelForm[Any]
     ModelAdmin: TypeAlias = admin.ModelAdmin[Any]
     TabularInline: TypeAlias = admin.TabularInline[Any, Any]
 else:
+    from django.forms import ModelForm
     from unfold.admin import ModelAdmin, TabularInline
     from unfold.forms import AdminPasswordChangeForm, UserChangeForm, UserCreationForm
     from unfold.widgets import (
-        UnfoldAdminCheckboxSelectMultiple as CheckboxSelectMultiple,
+        UnfoldAdminCheckboxSelectMultipleWidget as CheckboxSelectMultiple,
     )
     from unfold.widgets import (
         UnfoldAdminEmailInputWidget as EmailInput,
     )
     from unfold.widgets import (
-        UnfoldAdminPasswordInput as PasswordInput,
+        UnfoldAdminPasswordWidget as PasswordInput,
     )
     from unfold.widgets import (
         UnfoldAdminSelectWidget as Select,
@@ -39,6 +42,7 @@ __all__ = [
     "CheckboxSelectMultiple",
     "EmailInput",
     "ModelAdmin",
+    "ModelForm",
     "PasswordInput",
     "Select",
     "TabularInline",

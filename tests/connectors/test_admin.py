@@ -1,6 +1,6 @@
 """The screens of connected systems: what a push says, what each right allows, and what never appears on a page."""
 
-import json
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +22,7 @@ from django.utils import timezone
 from connectors.admin.badges import status_column
 from connectors.models import ApiKey, Connection, CustomerLink, PushIntent, SyncRun
 from connectors.outbound import close_shared_client
+from connectors.providers import PROVIDERS
 from connectors.states import LinkState
 from connectors.sync.push import push
 from customers import editing
@@ -60,14 +61,12 @@ class Far:
                 except httpx2.ReadTimeout:
                     self.close_connection = True
                     return
-                body = answer.content
                 self.send_response(answer.status_code)
                 for name, value in answer.headers.items():
-                    if name.lower() != "content-length":
-                        self.send_header(name, value)
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
+                    self.send_header(name, value)
+                with contextlib.suppress(BrokenPipeError):  # the caller had no time left to wait
+                    self.end_headers()
+                    self.wfile.write(answer.content)
 
             do_PUT = do_GET = do_POST  # noqa: N815 # names that http.server prescribes
 
@@ -550,7 +549,7 @@ def test_a_change_of_host_clears_the_credentials(books: Connection, far: Far, ad
     books.refresh_from_db()
     assert books.credentials == ""
     answer = admin_client.post(change(books), {**moved, "base_url": far.url, "credential_api_key": "new-secret"})
-    assert "cleared" not in told(answer)
+    assert told(answer).count("cleared") == 1  # the first answer's message is still unread
     books.refresh_from_db()
     assert books.unseal_credentials() == {"api_key": "new-secret"}
 
@@ -686,8 +685,6 @@ def test_a_run_tells_its_totals_and_links_to_the_customers(
     run = SyncRun.objects.get()
     page = admin_client.get(change(run)).context
     assert (page["waiting"], page["sum"]) == (2, 2)
-    from connectors.providers import PROVIDERS
-
     provider = PROVIDERS["links"]
     push(connection=books, provider=provider, session=provider.session(books))
     answer = admin_client.get(change(run))
@@ -760,4 +757,3 @@ def test_a_press_ends_when_a_system_answers_slowly(
     started = time.monotonic()
     assert "It is not known whether Books stored it." in press(admin_client, customer, books)
     assert time.monotonic() - started < 0.95
-    assert json.dumps(far.system.writes)

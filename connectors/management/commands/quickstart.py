@@ -165,13 +165,13 @@ def set_up(url: str, notes: Path) -> Demo:
             records=[Record(values=example(number)) for number in range(1, CUSTOMERS + 1)],
             actor=command_actor("quickstart"),
         )
-    for organization, accounts, name in ((demo, DEMO_ACCOUNTS, "{}-inbound"), (partner, PARTNER_ACCOUNTS, "{}")):
+    for organization, accounts in ((demo, DEMO_ACCOUNTS), (partner, PARTNER_ACCOUNTS)):
         for provider, account in accounts.items():
             Connection.objects.get_or_create(
                 organization=organization,
                 provider=provider,
                 account=account,
-                defaults={"name": name.format(provider), "direction": Connection.Direction.CALLS_US},
+                defaults={"name": f"{provider}-inbound", "direction": Connection.Direction.CALLS_US},
             )
     for provider in PROVIDERS.keys() & BASE_PATHS.keys():
         connection = _lead(demo, provider, url, partner_key)
@@ -182,7 +182,7 @@ def set_up(url: str, notes: Path) -> Demo:
 
 
 def example(number: int) -> dict[str, Any]:
-    """An obviously invented customer. The last has no e-mail address, which Links refuses: there is something to mend."""
+    """An obviously invented customer. The last has no e-mail address, which Links refuses: something to mend."""
     kind = KINDS[number % len(KINDS)]
     address = {
         "line1": f"{number} Example Street",
@@ -236,7 +236,7 @@ def _lead(demo: Organization, provider: str, url: str, key: str) -> Connection:
         },
     )
     connection.base_url = f"{url}{BASE_PATHS[provider]}"
-    connection.seal_credentials({name: key for name in PROVIDERS[provider].credentials})
+    connection.seal_credentials(dict.fromkeys(PROVIDERS[provider].credentials, key))
     if connection.state == Connection.State.NEEDS_REAUTH:
         # As it does when the hub was started without leave to send to itself.
         connection.state, connection.state_reason = Connection.State.ACTIVE, ""
@@ -252,27 +252,25 @@ def _keep(notes: Path, values: Mapping[str, str]) -> None:
 
 
 def shown(demo: Demo, url: str, *, serving: bool) -> str:
-    password = demo.password or "the one you chose; manage.py changepassword admin sets another"
-    again = "manage.py quickstart"
-    return "\n".join(
-        [
-            f"The hub is {'running' if serving else 'set up; it will run'} at {url}/",
-            "",
-            f"  admin     {url}/admin/",
-            f"  log-in    {USER}",
-            f"  password  {password}",
-            f"  API key   {demo.key}",
-            f"  data      {settings.DATA_DIR}",
-            "",
-            "One call in each format, as documented; paste them into another terminal:",
-            "",
-            CALLS.format(url=url, key=demo.key),
-            "Where to look:",
-            f"  {url}/admin/  Customers: edit one of Demo's and save. Within seconds it is the same in Partner, once for",
-            "  each of the four systems that Demo sends to. One customer waits for you: Links needs its e-mail address.",
-            "",
-            "Ctrl-C stops the hub. The same command starts it again with everything in it."
-            if serving
-            else f"{again} starts it.",
-        ]
-    )
+    python = os.path.relpath(sys.executable)
+    reach = f"ALLOWED_PRIVATE_NETWORKS={reachable(url)['ALLOWED_PRIVATE_NETWORKS']}"
+    start = f"{python} manage.py quickstart starts it."
+    return f"""\
+The hub is {"running" if serving else "set up; it will run"} at {url}/
+
+  admin     {url}/admin/
+  log-in    {USER}
+  password  {demo.password or "the one you chose; manage.py changepassword admin sets another"}
+  API key   {demo.key}
+  data      {settings.DATA_DIR}
+
+One call in each format, as documented; paste them into another terminal:
+
+{CALLS.format(url=url, key=demo.key)}
+Where to look:
+  In the admin, edit a customer of Demo and save. Within seconds it is the same in Partner, once for each of the
+  four systems that Demo sends to. One customer waits for you: Links needs its e-mail address.
+  On the command line, these two variables lead to this hub and let it reach itself:
+  HUB_DATA={settings.DATA_DIR} {reach} {python} manage.py sync_customers commenda --organization demo
+
+{"Ctrl-C stops the hub. The same command starts it again with everything in it." if serving else start}"""

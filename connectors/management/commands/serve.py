@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ def serve(
 ) -> Exit:
     """Run the web server and a worker as children until told to stop; stop both when either ends.
 
-    `ready` is called when the server answers; the worker starts then, so that it finds a hub that sends to itself awake.
+    `ready` is called when the server answers. The worker starts then: a hub that sends to itself is awake by that time.
     """
     server = [sys.executable, "-m", "granian", "hub.wsgi:application", "--interface", "wsgi"]
     server += ["--host", host, "--port", str(port), "--workers", str(workers), "--blocking-threads", str(threads)]
@@ -139,7 +140,7 @@ def serve(
 class Family:
     """Child processes that live and end together.
 
-    Each leads a process group of its own: a terminal's Ctrl-C then reaches this process alone, and a child is asked once.
+    Each leads a process group of its own: a terminal's Ctrl-C reaches this process alone, and a child is asked once.
     """
 
     def __init__(self, environment: Mapping[str, str], directory: Path) -> None:
@@ -168,17 +169,14 @@ class Family:
             if child.poll() is None:
                 child.terminate()
         try:
-            last = time.monotonic() + STOP_SECONDS
-            for child in self.children:
-                child.wait(max(last - time.monotonic(), 0.1))
-        except (subprocess.TimeoutExpired, KeyboardInterrupt):
-            pass
+            with suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+                last = time.monotonic() + STOP_SECONDS
+                for child in self.children:
+                    child.wait(max(last - time.monotonic(), 0.1))
         finally:
             for child in self.children:
-                try:
+                with suppress(ProcessLookupError):  # the usual case: nobody of that group is left
                     os.killpg(child.pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass  # the usual case: nobody of that group is left
                 child.wait()
 
 

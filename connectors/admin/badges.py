@@ -1,0 +1,122 @@
+"""States as staff see them: an icon and a word, never colour alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+
+from django.contrib import admin
+from django.db.models import Case, CharField, Count, F, Value, When
+from django.http import HttpRequest
+from django.utils.html import format_html, format_html_join
+
+from connectors.models import Connection, CustomerLink, SyncRun
+from connectors.states import PARKED, STATUSES, LinkState
+from customers.admin import organizations
+
+RUN_BADGES = {
+    SyncRun.State.QUEUED: ("●", "info"),
+    SyncRun.State.RUNNING: ("⟳", "info"),
+    SyncRun.State.SUCCEEDED: ("✓", "success"),
+    SyncRun.State.PARTLY: ("◐", "warning"),
+    SyncRun.State.FAILED: ("✕", "danger"),
+    SyncRun.State.CANCELLED: ("–", "base"),
+}
+CONNECTION_BADGES = {
+    Connection.State.ACTIVE: ("✓", "success"),
+    Connection.State.PAUSED: ("‖", "base"),
+    Connection.State.NEEDS_REAUTH: ("🔑", "danger"),
+}
+
+
+def badge(icon: str, word: str, tone: str, *, title: str = "") -> str:
+    return format_html(
+        '<span class="hub-badge hub-{}" title="{}"><span aria-hidden="true">{}</span> {}</span>',
+        tone,
+        title or word,
+        icon,
+        word,
+    )
+
+
+def link_badge(key: str) -> str:
+    status = STATUSES[key]
+    return badge(status.icon, status.word, status.tone)
+
+
+def run_badge(run: SyncRun) -> str:
+    icon, tone = RUN_BADGES[SyncRun.State(run.state)]
+    return badge(icon, run.get_state_display(), tone, title=run.error)
+
+
+def connection_badge(connection: Connection, *, now: datetime) -> str:
+    if connection.state == Connection.State.ACTIVE and connection.not_before and connection.not_before > now:
+        until = f"It asked to wait until {connection.not_before:%Y-%m-%d %H:%M:%S} UTC."
+        return badge("⏳", "Rate-limited", "warning", title=until)
+    icon, tone = CONNECTION_BADGES[Connection.State(connection.state)]
+    return badge(icon, connection.get_state_display(), tone, title=connection.state_reason)
+
+
+def summary(counts: Mapping[str, int]) -> str:
+    """Counts of links by status, such as ✓3 ✕1; the word is there for the pointer and for screen readers."""
+    if not any(counts.values()):
+        return link_badge("not_linked")
+    return format_html_join(
+        " ",
+        '<span class="hub-badge hub-{}" title="{} {}"><span aria-hidden="true">{}{}</span>'
+        '<span class="hub-unseen">{} {}</span></span>',
+        (
+            (status.tone, counts[key], status.word, status.icon, counts[key], counts[key], status.word)
+            for key, status in STATUSES.items()
+            if counts.get(key)
+        ),
+    )
+
+
+def status_column(*, now: datetime) -> Case:
+    """`CustomerLink.status_key` as a column, for counting and filtering. A test holds the two together."""
+    conditions: Iterable[When] = (
+        When(is_duplicate=True, then=Value("duplicate")),
+        When(deleted_at__isnull=False, then=Value("remote_deleted")),
+        When(connection__direction=Connection.Direction.CALLS_US, then=Value("calls_us")),
+        When(connection__state=Connection.State.NEEDS_REAUTH, then=Value("reconnect")),
+        When(connection__state=Connection.State.PAUSED, then=Value("paused")),
+        When(state__in=PARKED, then=F("state")),
+        When(lease_until__gt=now, then=Value("sending")),
+        When(pushed_version__gte=F("needed_version"), then=Value("in_sync")),
+        When(state=LinkState.RETRYING, then=Value("retrying")),
+    )
+    return Case(*conditions, default=Value("waiting"), output_field=CharField())
+
+
+def counts_by_status(connection_ids: Iterable[int], *, now: datetime) -> dict[int, dict[str, int]]:
+    """How many links of each connection are in which status, in one query."""
+    rows = (
+        CustomerLink.objects.filter(connection__in=list(connection_ids))
+        .annotate(shown_state=status_column(now=now))
+        .order_by()
+        .values_list("connection_id", "shown_state")
+        .annotate(Count("pk"))
+    )
+    counts: dict[int, dict[str, int]] = {}
+    for connection_id, status, number in rows:
+        counts.setdefault(connection_id, {})[status] = number
+    return counts
+
+
+def connection_choices(request: HttpRequest) -> list[tuple[str, str]]:
+    """The connections of the person's own organizations, for filters."""
+    own = {organization.pk: organization.name for organization in organizations(request)}
+    rows = Connection.objects.filter(organization__in=own).values_list("pk", "name", "organization_id")
+    return [(str(pk), f"{name} ({own[of]})" if len(own) > 1 else name) for pk, name, of in rows]
+
+
+class ConnectionFilter(admin.SimpleListFilter):
+    title = "system"
+    parameter_name = "connection"
+
+    def lookups(self, request: HttpRequest, model_admin: object) -> list[tuple[str, str]]:
+        return connection_choices(request)
+
+    def queryset(self, request: HttpRequest, queryset):  # type: ignore[no-untyped-def] # any model with a connection
+        return queryset.filter(connection=value) if (value := self.value()) else queryset

@@ -1,0 +1,408 @@
+"""The screens of connections: their settings, their state, and the buttons that test, pull, push and pause."""
+
+from __future__ import annotations
+
+from typing import Any
+from urllib.parse import urlsplit
+
+from django import forms
+from django.contrib import admin, messages
+from django.contrib.admin.utils import flatten_fieldsets
+from django.core.exceptions import PermissionDenied, ValidationError
+from django.db.models import Field
+from django.http import HttpRequest, HttpResponse, HttpResponseRedirect
+from django.template.response import TemplateResponse
+from django.urls import URLPattern, reverse
+from django.utils import timezone
+
+from connectors.admin.badges import connection_badge, counts_by_status, summary
+from connectors.exceptions import ConnectionUnusable, ConnectorError, Gone, Rejected
+from connectors.models import Connection, CustomerLink
+from connectors.outbound import check_url
+from connectors.provider import Provider
+from connectors.providers import PROVIDERS
+from connectors.sealing import UnsealError
+from connectors.sync.pull import AlreadyRunning, pull
+from connectors.sync.request import request as request_push
+from customers.admin import OrganizationFilter, OwnAdmin, actor_of
+from customers.ids import uuid7
+from customers.models import Customer
+from customers.theme import CheckboxInput, ModelForm, PasswordInput, Select
+
+TEST_SECONDS = 10.0
+# One press of "Pull now" reads this many; the schedule and the command read everything.
+PULL_ROWS = 500
+SHORTEST_INTERVAL = 60
+RUNS_SHOWN = 5
+# All names that any provider's credentials have: a new connection's provider is chosen in the same form.
+CREDENTIALS = tuple(dict.fromkeys(name for provider in PROVIDERS.values() for name in provider.credentials))
+SECRETS = tuple(f"credential_{name}" for name in CREDENTIALS)
+
+
+def origin(address: str) -> tuple[str, str]:
+    """What credentials are bound to."""
+    parts = urlsplit(address)
+    return parts.scheme, parts.netloc
+
+
+class ConnectionForm(ModelForm):
+    """A connection's settings. Credentials go in and never come out: the form says only whether any are kept."""
+
+    clear_credentials = forms.BooleanField(
+        required=False, help_text="Forget the credentials that are kept.", widget=CheckboxInput
+    )
+
+    class Meta:
+        model = Connection
+        fields = (
+            "organization",
+            "provider",
+            "name",
+            "account",
+            "direction",
+            "base_url",
+            "conflict_policy",
+            "create_policy",
+            "pull_interval",
+            "options",
+        )
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        kept = "Set. Leave empty to keep it." if self.instance.credentials else "Not set."
+        for field, name in zip(SECRETS, CREDENTIALS, strict=True):
+            self.fields[field] = forms.CharField(
+                required=False,
+                label=name.replace("_", " ").capitalize().replace("Api", "API"),
+                help_text=f"{kept} Never shown.",
+                widget=PasswordInput(attrs={"autocomplete": "new-password"}),
+            )
+
+    @property
+    def provider(self) -> Provider | None:
+        return PROVIDERS.get(self.cleaned_data.get("provider") or self.instance.provider)
+
+    def clean_account(self) -> str:
+        account: str = self.cleaned_data["account"].strip()
+        provider = self.provider
+        if provider and provider.account_label and not account:
+            raise ValidationError(f"{provider.label} needs its {provider.account_label}.")
+        return account
+
+    def clean_base_url(self) -> str:
+        address: str = self.cleaned_data["base_url"]
+        try:
+            origin(address)
+        except ValueError:
+            raise ValidationError("This is no address. Enter one such as https://api.example.com/v1.") from None
+        return address
+
+    def clean_pull_interval(self) -> int | None:
+        interval: int | None = self.cleaned_data["pull_interval"]
+        if interval is not None and interval < SHORTEST_INTERVAL:
+            raise ValidationError(f"Use at least {SHORTEST_INTERVAL} seconds.")
+        return interval
+
+    def clean_options(self) -> dict[str, bool]:
+        options = self.cleaned_data["options"] or {}
+        if not isinstance(options, dict) or not all(isinstance(value, bool) for value in options.values()):
+            raise ValidationError('Give an object of true and false, such as {"upsert": true}.')
+        known = self.provider.options if self.provider else {}
+        if unknown := [name for name in options if name not in known]:
+            offered = ", ".join(known) or "none"
+            raise ValidationError(f"Unknown: {', '.join(unknown)}. This provider understands: {offered}.")
+        return options
+
+    def clean(self) -> None:
+        direction, address = self.cleaned_data.get("direction"), self.cleaned_data.get("base_url")
+        if direction != Connection.Direction.CALLS_US and "base_url" in self.cleaned_data:
+            if not address:
+                self.add_error("base_url", "The hub calls this system: enter the address of its API.")
+            else:
+                try:
+                    check_url(address)
+                except ConnectionUnusable as error:
+                    self.add_error("base_url", error.message)
+        provider = self.provider
+        if direction in Connection.PULLING and provider and "options" in self.cleaned_data:
+            probe = Connection(provider=provider.slug, options=self.cleaned_data["options"])
+            if not provider.capabilities(probe).lists:
+                self.add_error("direction", f"{provider.label} documents no list of customers to read.")
+
+    def _get_validation_exclusions(self) -> set[str]:
+        # Read-only fields are left out by default, and with them the rule that names and accounts are unique.
+        left_out: set[str] = super()._get_validation_exclusions()  # type: ignore[misc] # the stubs lack it
+        return left_out - {"organization", "provider"}
+
+    def entered(self) -> dict[str, str]:
+        """The credentials that were typed in."""
+        return {name: value for name in CREDENTIALS if (value := self.cleaned_data.get(f"credential_{name}"))}
+
+
+@admin.register(Connection)
+class ConnectionAdmin(OwnAdmin):
+    form = ConnectionForm
+    change_form_template = "connectors/connection_form.html"
+    list_display = ["name", "provider_label", "organization", "direction", "badge", "links_by_state"]
+    list_select_related = ["organization"]
+    list_filter = [OrganizationFilter, "direction", "state"]
+    search_fields = ["name", "account"]
+
+    # List
+
+    def get_changelist_instance(self, request: HttpRequest) -> Any:
+        changes = super().get_changelist_instance(request)
+        changes.result_list = list(changes.result_list)
+        counts = counts_by_status([connection.pk for connection in changes.result_list], now=timezone.now())
+        for connection in changes.result_list:
+            connection.counts = counts.get(connection.pk, {})
+        return changes
+
+    @admin.display(description="System", ordering="provider")
+    def provider_label(self, connection: Connection) -> str:
+        provider = PROVIDERS.get(connection.provider)
+        return provider.label if provider else connection.provider
+
+    @admin.display(description="State", ordering="state")
+    def badge(self, connection: Connection) -> str:
+        return connection_badge(connection, now=timezone.now())
+
+    @admin.display(description="Customers")
+    def links_by_state(self, connection: Any) -> str:
+        return summary(connection.counts) if connection.counts else "–"
+
+    # Form
+
+    def get_fieldsets(self, request: HttpRequest, obj: Connection | None = None) -> Any:
+        may_edit = self.has_change_permission(request, obj) if obj else self.has_add_permission(request)
+        secrets = [*SECRETS, *(["clear_credentials"] if obj else [])] if may_edit else []
+        provider = "provider_label" if obj else "provider"
+        return [
+            ("System", {"fields": ["organization", provider, "name", "account", "direction"]}),
+            ("Address and login", {"fields": ["base_url", *secrets]}),
+            ("Rules", {"fields": ["conflict_policy", "create_policy", "pull_interval", "options"]}),
+        ]
+
+    def get_form(self, request: HttpRequest, obj: Connection | None = None, change: bool = False, **kwargs: Any) -> Any:
+        # The form makes the inputs of credentials itself: they are no columns.
+        names = flatten_fieldsets(self.get_fieldsets(request, obj))
+        kwargs["fields"] = [name for name in names if name not in SECRETS]
+        return super().get_form(request, obj, change, **kwargs)
+
+    def get_readonly_fields(self, request: HttpRequest, obj: Connection | None = None) -> list[str]:
+        return ["organization", "provider_label"] if obj else []
+
+    def formfield_for_dbfield(self, db_field: Field[Any, Any], request: HttpRequest, **kwargs: Any) -> Any:
+        if db_field.name == "provider":
+            choices = [("", "Choose"), *((slug, provider.label) for slug, provider in PROVIDERS.items())]
+            return forms.ChoiceField(choices=choices, widget=Select, help_text=db_field.help_text)
+        if db_field.name == "base_url":
+            examples = ", ".join(f"{p.base_url} ({p.label})" for p in PROVIDERS.values() if p.base_url)
+            kwargs["help_text"] = f"{db_field.help_text} For example {examples}."
+        field = super().formfield_for_dbfield(db_field, request, **kwargs)
+        if db_field.name == "options" and field is not None:
+            offered = [f"{p.label}, {name}: {text}" for p in PROVIDERS.values() for name, text in p.options.items()]
+            field.help_text = " ".join([str(db_field.help_text), 'An object such as {"name": true}.', *offered])
+        return field
+
+    def save_model(self, request: HttpRequest, obj: Connection, form: Any, change: bool) -> None:
+        if not change:
+            obj.seal_credentials(form.entered())
+            obj.save()
+            return
+        kept = self._kept_credentials(obj)
+        moved = origin(form.initial.get("base_url") or "") != origin(obj.base_url)
+        entered = form.entered()
+        touched = {name for name in form.changed_data if name in ConnectionForm.Meta.fields}
+        if form.cleaned_data.get("clear_credentials") or entered or (moved and obj.credentials):
+            base = {} if moved or form.cleaned_data.get("clear_credentials") else kept
+            obj.seal_credentials({**base, **entered})
+            touched.add("credentials")
+            if moved and not entered:
+                text = "The address leads to another host: the credentials were cleared. Enter those of the new host."
+                self.message_user(request, text, messages.WARNING)
+        if entered and obj.state == Connection.State.NEEDS_REAUTH:
+            obj.state, obj.state_reason = Connection.State.ACTIVE, ""
+            touched |= {"state", "state_reason"}
+        # Only what was edited: a pull may be writing its checkpoint to the same row.
+        obj.save(update_fields=[*touched, "updated_at"])
+
+    def _kept_credentials(self, obj: Connection) -> dict[str, str]:
+        try:
+            return Connection.objects.get(pk=obj.pk).unseal_credentials()
+        except UnsealError:
+            return {}
+
+    def has_delete_permission(self, request: HttpRequest, obj: Connection | None = None) -> bool:
+        if obj is None or not super().has_delete_permission(request, obj):
+            return False
+        return not obj.links.exists() and not obj.runs.exists()
+
+    def render_change_form(
+        self,
+        request: HttpRequest,
+        context: dict[str, Any],
+        add: bool = False,
+        change: bool = False,
+        form_url: str = "",
+        obj: Connection | None = None,
+    ) -> HttpResponse:
+        if obj is not None:
+            now = timezone.now()
+            counts = counts_by_status([obj.pk], now=now).get(obj.pk, {})
+            context |= {
+                "badge": connection_badge(obj, now=now),
+                "counts": summary(counts) if counts else "no customers yet",
+                "runs": list(obj.runs.all()[:RUNS_SHOWN]),
+                "can_change": self.has_change_permission(request, obj),
+                "can_pull": obj.pulls and self.has_pull_permission(request),
+                "can_push": obj.pushes and self.has_push_permission(request),
+                "can_view_runs": request.user.has_perm("connectors.view_syncrun"),
+                "active": obj.state == Connection.State.ACTIVE,
+                "provider": PROVIDERS.get(obj.provider),
+            }
+        return super().render_change_form(request, context, add, change, form_url, obj)
+
+    # Buttons
+
+    def has_pull_permission(self, request: HttpRequest) -> bool:
+        return bool(request.user.has_perm("connectors.pull_connection"))
+
+    def has_push_permission(self, request: HttpRequest) -> bool:
+        return bool(request.user.has_perm("connectors.push_customerlink"))
+
+    def get_urls(self) -> list[URLPattern]:
+        return [
+            self.posted("test", self.test_view),
+            self.posted("pull", self.pull_view),
+            self.posted("push", self.push_view),
+            self.posted("pause", self.pause_view),
+            self.posted("resume", self.resume_view),
+            *super().get_urls(),
+        ]
+
+    def test_view(self, request: HttpRequest, object_id: str) -> HttpResponse:
+        """One read, which changes nothing there."""
+        if not self.has_change_permission(request):
+            raise PermissionDenied
+        connection = self.get_object(request, object_id)
+        level, text = self._test(connection)
+        self.message_user(request, text, level)
+        return self.back(connection)
+
+    def _test(self, connection: Connection) -> tuple[int, str]:
+        if connection.calls_us:
+            return messages.INFO, f"{connection} calls the hub: there is nothing to test until its calls arrive."
+        provider = PROVIDERS[connection.provider]
+        offers = provider.capabilities(connection)
+        try:
+            session = provider.session(connection)
+            session.deadline = TEST_SECONDS
+            if offers.lists:
+                page = provider.page(session, connection, cursor=None, since=None, limit=1)
+                first = "It has customers." if page.records else "It has no customers yet."
+                return messages.SUCCESS, f"{connection} answers and accepts the login. {first}"
+            if not offers.fetches:
+                return messages.INFO, f"{provider.label} documents nothing to read: push one customer to see."
+            provider.fetch(session, connection, str(uuid7()))
+        except Gone:
+            return messages.SUCCESS, f"{connection} answers and accepts the login."
+        except Rejected as error:
+            return messages.WARNING, f"{connection} answers, with: {error.message}"
+        except UnsealError as error:
+            return messages.ERROR, f"The credentials cannot be read. {error}"
+        except ConnectorError as error:
+            return messages.ERROR, f"{connection} cannot be used now: {error.message}"
+        return messages.SUCCESS, f"{connection} answers and accepts the login."
+
+    def pull_view(self, request: HttpRequest, object_id: str) -> HttpResponse:
+        if not self.has_pull_permission(request) or not self.has_view_permission(request):
+            raise PermissionDenied
+        connection = self.get_object(request, object_id)
+        if not connection.pulls or connection.state != Connection.State.ACTIVE:
+            why = f"{connection.get_direction_display()}. {connection.get_state_display()}."
+            text = f"{connection} is not pulled. {why}"
+            self.message_user(request, text, messages.ERROR)
+            return self.back(connection)
+        provider = PROVIDERS[connection.provider]
+        try:
+            session = provider.session(connection)
+            session.deadline = TEST_SECONDS
+            run = pull(
+                connection=connection,
+                provider=provider,
+                session=session,
+                actor=actor_of(request),
+                limit=PULL_ROWS,
+            )
+        except AlreadyRunning as error:
+            self.message_user(request, str(error), messages.WARNING)
+        except UnsealError as error:
+            self.message_user(request, f"The credentials cannot be read. {error}", messages.ERROR)
+        except ConnectorError as error:
+            self.message_user(request, f"The pull ended early: {error.message}", messages.ERROR)
+        else:
+            more = ""
+            if run.total >= PULL_ROWS:
+                more = f" A press reads the first {PULL_ROWS}; schedule pulls to read all."
+            text = f"Read {run.total} records: {run.created} created, {run.updated} updated.{more}"
+            self.message_user(request, text, messages.SUCCESS)
+        return self.back(connection)
+
+    def push_view(self, request: HttpRequest, object_id: str) -> HttpResponse:
+        """First shows what pushing everything comes down to; the second POST asks for it, and the worker does it."""
+        if not self.has_push_permission(request) or not self.has_view_permission(request):
+            raise PermissionDenied
+        connection = self.get_object(request, object_id)
+        if not connection.pushes:
+            self.message_user(request, f"The hub does not send to {connection}.", messages.ERROR)
+            return self.back(connection)
+        if not request.POST.get("confirmed"):
+            customers = Customer.objects.filter(
+                organization=connection.organization, archived_at=None, merged_into=None
+            ).count()
+            linked = CustomerLink.objects.filter(
+                connection=connection,
+                is_duplicate=False,
+                customer__archived_at=None,
+                customer__merged_into=None,
+            ).count()
+            context = {
+                **self.admin_site.each_context(request),
+                "title": f"Push all customers to {connection}",
+                "opts": self.opts,
+                "connection": connection,
+                "customers": customers,
+                "new": max(customers - linked, 0),
+                "counts": summary(counts_by_status([connection.pk], now=timezone.now()).get(connection.pk, {})),
+            }
+            return TemplateResponse(request, "connectors/push_all.html", context)
+        run = request_push(connection=connection, actor=actor_of(request))
+        text = f"{connection}: {run.planned} customers, {run.unchanged} already up to date. A worker sends the others."
+        self.message_user(request, text, messages.SUCCESS)
+        if request.user.has_perm("connectors.view_syncrun"):
+            return HttpResponseRedirect(reverse("admin:connectors_syncrun_change", args=[run.pk]))
+        return self.back(connection)
+
+    def pause_view(self, request: HttpRequest, object_id: str) -> HttpResponse:
+        reason = " ".join(request.POST.get("reason", "").replace("\x00", "").split())
+        if not reason:
+            if not self.has_change_permission(request):
+                raise PermissionDenied
+            connection = self.get_object(request, object_id)
+            self.message_user(request, "Say why: the reason is shown to everybody who waits.", messages.ERROR)
+            return self.back(connection)
+        by = actor_of(request).name
+        return self._set_state(request, object_id, Connection.State.PAUSED, f"{reason} ({by})")
+
+    def resume_view(self, request: HttpRequest, object_id: str) -> HttpResponse:
+        return self._set_state(request, object_id, Connection.State.ACTIVE, "")
+
+    def _set_state(self, request: HttpRequest, object_id: str, state: str, reason: str) -> HttpResponse:
+        if not self.has_change_permission(request):
+            raise PermissionDenied
+        connection = self.get_object(request, object_id)
+        connection.state, connection.state_reason = state, reason[:500]
+        connection.save(update_fields=["state", "state_reason", "updated_at"])
+        self.message_user(request, f"{connection} is {connection.get_state_display().lower()}.", messages.SUCCESS)
+        return self.back(connection)

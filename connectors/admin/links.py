@@ -1,0 +1,104 @@
+"""What one system knows of one customer, as it came and as it was sent. Read-only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+from django.contrib import admin
+from django.db.models import Q, QuerySet
+from django.http import HttpRequest, HttpResponse
+from django.utils import timezone
+
+from connectors.admin.badges import ConnectionFilter, link_badge, status_column
+from connectors.models import CustomerLink
+from connectors.states import STATUSES
+from customers.admin import MOMENT, ReadOnlyAdmin, link_to
+from customers.ids import parse_public_id
+from customers.normalize import email_key, name_key
+
+INTENTS_SHOWN = 10
+
+
+def pretty(document: Any) -> str:
+    return orjson.dumps(document, option=orjson.OPT_INDENT_2).decode()
+
+
+class LinkStateFilter(admin.SimpleListFilter):
+    title = "state"
+    parameter_name = "shown_state"
+
+    def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, str]]:
+        return [(s.key, f"{s.icon} {s.word}") for s in STATUSES.values() if s.key != "not_linked"]
+
+    def queryset(self, request: HttpRequest, queryset: QuerySet[CustomerLink]) -> QuerySet[CustomerLink]:
+        if (value := self.value()) not in STATUSES:
+            return queryset
+        return queryset.alias(shown_state=status_column(now=timezone.now())).filter(shown_state=value)
+
+
+@admin.register(CustomerLink)
+class CustomerLinkAdmin(ReadOnlyAdmin):
+    organization_path = "connection__organization"
+    change_form_template = "connectors/link.html"
+    list_display = ["customer_name", "connection", "status", "remote_id", "versions", "synced", "error"]
+    list_display_links = ["customer_name"]
+    list_select_related = ["connection", "customer"]
+    list_filter = [ConnectionFilter, LinkStateFilter]
+    search_fields = ["remote_id"]
+    search_help_text = "The id there, or the customer's id, e-mail or name."
+    ordering = ["-id"]
+    fields = []
+
+    def get_search_results(self, request: HttpRequest, queryset: Any, search_term: str) -> tuple[Any, bool]:
+        term = search_term.strip()
+        if not term:
+            return queryset, False
+        wanted = Q(remote_id=term)
+        if uid := parse_public_id("cust", term):
+            wanted |= Q(customer=uid) | Q(uid=uid)
+        if "@" in term:
+            wanted |= Q(customer__email_key=email_key(term))
+        elif key := name_key(term):
+            wanted |= Q(customer__name_key__startswith=key)
+        return queryset.filter(wanted), False
+
+    @admin.display(description="Customer", ordering="customer__name_key")
+    def customer_name(self, link: CustomerLink) -> str:
+        return link.customer.name
+
+    @admin.display(description="State")
+    def status(self, link: CustomerLink) -> str:
+        return link_badge(link.status_key(now=timezone.now()))
+
+    @admin.display(description="Sent / wanted")
+    def versions(self, link: CustomerLink) -> str:
+        return f"{link.pushed_version} / {link.needed_version}"
+
+    @admin.display(description="In sync since", ordering="synced_at")
+    def synced(self, link: CustomerLink) -> str | None:
+        return link.synced_at.strftime(MOMENT) if link.synced_at else None
+
+    def render_change_form(
+        self,
+        request: HttpRequest,
+        context: dict[str, Any],
+        add: bool = False,
+        change: bool = False,
+        form_url: str = "",
+        obj: CustomerLink | None = None,
+    ) -> HttpResponse:
+        if obj is not None:
+            now = timezone.now()
+            context |= {
+                "title": f"{obj.customer.name} in {obj.connection}",
+                "badge": link_badge(obj.status_key(now=now)),
+                "sentence": obj.sentence(now=now),
+                "customer_link": link_to("admin:customers_customer_change", obj.customer_id, text=obj.customer.name),
+                "connection_link": link_to(
+                    "admin:connectors_connection_change", obj.connection_id, text=obj.connection.name
+                ),
+                "document": pretty(obj.remote_data),
+                "intents": [(intent, pretty(intent.payload)) for intent in obj.intents.order_by("-pk")[:INTENTS_SHOWN]],
+            }
+        return super().render_change_form(request, context, add, change, form_url, obj)
