@@ -139,6 +139,12 @@ class ReadOnlyAdmin(OwnAdmin):
         return False
 
 
+def _address(prefix: str) -> list[tuple[str, str]]:
+    """The parts of an address, two in a row."""
+    line1, line2, city, state, postal_code, country = (f"{prefix}_{part}" for part in editing.ADDRESS)
+    return [(line1, line2), (postal_code, city), (state, country)]
+
+
 @admin.register(Customer)
 class CustomerAdmin(OwnAdmin):
     form = CustomerForm
@@ -200,12 +206,11 @@ class CustomerAdmin(OwnAdmin):
     # Editing
 
     def get_fieldsets(self, request: HttpRequest, obj: Customer | None = None) -> Any:
-        shipping = {"fields": [f"shipping_address_{part}" for part in editing.ADDRESS]}
         fieldsets: list[tuple[str | None, dict[str, Any]]] = [
             ("Identity", {"fields": ["organization", "name", ("first_name", "last_name"), "is_active"]}),
             ("Contact", {"fields": ["email", "phone"]}),
-            ("Address", {"fields": [f"address_{part}" for part in editing.ADDRESS]}),
-            ("Shipping address", shipping),
+            ("Address", {"fields": _address("address")}),
+            ("Shipping address", {"fields": _address("shipping_address")}),
             ("Preferences", {"fields": ["currency", ("notify_email", "notify_phone")]}),
             ("Custom fields", {"fields": ["custom_fields"]}),
         ]

@@ -7,13 +7,16 @@ fastest. The ORM's own bulk methods send one statement per few dozen rows and sp
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import orjson
-from django.db import connection, models
+from django.db import connection, models, transaction
 
 # From here on COPY is faster than a JSON parameter.
 COPY_FROM_ROWS = 200
+ANALYZE_FROM_ROWS = 1024
+_inserted: dict[str, int] = {}
 
 
 def _columns(model: type[models.Model], names: Iterable[str] | None = None) -> list[models.Field[Any, Any]]:
@@ -58,6 +61,25 @@ def insert(rows: Sequence[models.Model]) -> None:
     for row in rows:
         row._state.adding = False
         row._state.db = connection.alias
+    _grown(model._meta.db_table, len(rows))
+
+
+def _grown(table: str, number: int) -> None:
+    """Have PostgreSQL count a table again each time this process has doubled what it put in.
+
+    Without statistics it plans for a single row, and a page of a freshly loaded table takes seconds; autovacuum comes a
+    minute later or, where it is off, never.
+    """
+    before = _inserted.get(table, 0)
+    _inserted[table] = after = before + number
+    if connection.vendor == "postgresql" and after >= ANALYZE_FROM_ROWS and before.bit_length() != after.bit_length():
+        # After the commit: ANALYZE takes a lock that two transactions could otherwise wait for in a circle.
+        transaction.on_commit(partial(_analyze, table), robust=True)
+
+
+def _analyze(table: str) -> None:
+    with connection.cursor() as cursor:
+        cursor.execute(f"ANALYZE {connection.ops.quote_name(table)}")
 
 
 def update(rows: Sequence[models.Model], names: Iterable[str]) -> None:

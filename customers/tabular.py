@@ -421,6 +421,9 @@ class CsvWriter:
     def close(self) -> None:
         """Nothing is held back."""
 
+    def discard(self) -> None:
+        """Nothing is held back."""
+
 
 class XlsxWriter:
     """Rows as texts of one sheet, kept in a temporary file until `close` packs them into `file`."""
@@ -449,3 +452,7 @@ class XlsxWriter:
 
     def close(self) -> None:
         self._book.save(self._file)
+
+    def discard(self) -> None:
+        """Give up what was written."""
+        self._sheet.close()

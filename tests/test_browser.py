@@ -20,9 +20,9 @@ from customers.models import Customer, Organization
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = [
-    pytest.mark.skipif(not CHROMIUM or not DRIVER, reason="needs chromium and chromedriver (apt install chromium-driver)"),
-    # A socket that the browser keeps open when it is killed is found by the garbage collector, in no test's power.
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.skipif(
+        not CHROMIUM or not DRIVER, reason="needs chromium and chromedriver (apt install chromium-driver)"
+    ),
     pytest.mark.django_db(transaction=True),
 ]
 
@@ -32,8 +32,8 @@ def browser(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[webdrive
     options = webdriver.ChromeOptions()
     options.binary_location = str(CHROMIUM)
     for argument in (
-        "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-component-update",
-        "--disable-background-networking", "--disable-sync", "--disable-dev-shm-usage", "--window-size=1400,1400",
+        "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+        "--disable-background-networking", "--disable-component-update", "--window-size=1400,1400",
         f"--user-data-dir={tmp_path / 'profile'}",
     ):  # fmt: skip
         options.add_argument(argument)

@@ -15,7 +15,7 @@ from django.template.response import TemplateResponse
 from django.urls import URLPattern, reverse
 from django.utils import timezone
 
-from connectors.admin.badges import connection_badge, counts_by_status, summary
+from connectors.admin.badges import connection_badge, counts_by_status, run_badge, summary
 from connectors.exceptions import ConnectionUnusable, ConnectorError, Gone, Rejected
 from connectors.models import Connection, CustomerLink
 from connectors.outbound import check_url
@@ -253,7 +253,7 @@ class ConnectionAdmin(OwnAdmin):
             context |= {
                 "badge": connection_badge(obj, now=now),
                 "counts": summary(counts) if counts else "no customers yet",
-                "runs": list(obj.runs.all()[:RUNS_SHOWN]),
+                "runs": [(run, run_badge(run)) for run in obj.runs.all()[:RUNS_SHOWN]],
                 "can_change": self.has_change_permission(request, obj),
                 "can_pull": obj.pulls and self.has_pull_permission(request),
                 "can_push": obj.pushes and self.has_push_permission(request),

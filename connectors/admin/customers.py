@@ -19,7 +19,7 @@ from django.template.response import TemplateResponse
 from django.urls import URLPattern, reverse
 from django.utils import timezone
 
-from connectors.admin.badges import connection_choices, link_badge, status_column, summary
+from connectors.admin.badges import connection_badge, connection_choices, link_badge, status_column, summary
 from connectors.exceptions import ConnectionUnusable
 from connectors.models import Connection, CustomerLink
 from connectors.providers import PROVIDERS
@@ -320,7 +320,7 @@ class LinkedCustomerAdmin(CustomerAdmin):
             "title": "Push to connected systems",
             "opts": self.opts,
             "rows": [
-                (connection, len(ids), _expected(connection, ids, now=now))
+                (connection, connection_badge(connection, now=now), len(ids), _expected(connection, ids, now=now))
                 for connection in connections
                 for ids in [chosen[connection.organization_id]]
             ],

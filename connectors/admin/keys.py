@@ -116,6 +116,8 @@ class ApiKeyAdmin(OwnAdmin):
         form_url: str = "",
         obj: ApiKey | None = None,
     ) -> HttpResponse:
+        # One key at a time: the answer to saving it is the page that shows it.
+        context |= {"show_save_and_add_another": False, "show_save_and_continue": False}
         if obj is not None:
             context["can_revoke"] = obj.revoked_at is None and self.has_change_permission(request, obj)
         return super().render_change_form(request, context, add, change, form_url, obj)

@@ -18,7 +18,7 @@ from customers.models import Customer
 @admin.register(SyncRun)
 class SyncRunAdmin(ReadOnlyAdmin):
     change_form_template = "connectors/run.html"
-    list_display = ["__str__", "connection", "state_shown", "actor_name", "planned", "totals", "started", "duration"]
+    list_display = ["__str__", "connection", "state_shown", "author", "planned", "totals", "started", "duration"]
     list_select_related = ["connection"]
     list_filter = [OrganizationFilter, ConnectionFilter, "kind", "state"]
     search_fields = ["public_id"]
@@ -31,6 +31,10 @@ class SyncRunAdmin(ReadOnlyAdmin):
     @admin.display(description="State", ordering="state")
     def state_shown(self, run: SyncRun) -> str:
         return run_badge(run)
+
+    @admin.display(description="By")
+    def author(self, run: SyncRun) -> str:
+        return run.actor_name
 
     @admin.display(description="Totals")
     def totals(self, run: SyncRun) -> str:

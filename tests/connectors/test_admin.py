@@ -364,7 +364,12 @@ def test_what_belongs_to_another_organization_does_not_exist(
     key = ApiKey.issue(organization=books.organization, name="shop")[0]
     held = link(customer, books, remote_id="88-102")
     run = SyncRun.objects.create(
-        public_id="a" * 16, organization=books.organization, connection=books, kind="push", actor_kind="user", actor_name="x"
+        public_id="a" * 16,
+        organization=books.organization,
+        connection=books,
+        kind="push",
+        actor_kind="user",
+        actor_name="x",
     )
     everything = [*LOOK, PUSH, "connectors.pull_connection", "customers.change_customer"]
     everything += [f"connectors.{verb}_{model}" for verb in ("add", "change") for model in ("connection", "apikey")]
@@ -432,7 +437,13 @@ def test_the_status_in_the_database_is_the_status_on_the_page(
         for state in Connection.State.values
     ]
     link_fields = [
-        {"state": state, "needed_version": needed, "lease_until": lease, "is_duplicate": duplicate, "deleted_at": deleted}
+        {
+            "state": state,
+            "needed_version": needed,
+            "lease_until": lease,
+            "is_duplicate": duplicate,
+            "deleted_at": deleted,
+        }
         for state in LinkState.values
         for needed in (0, 1)
         for lease in (None, now - timedelta(seconds=9), now + timedelta(seconds=9))

@@ -53,7 +53,9 @@ def test_an_edit_makes_a_version_with_its_author_and_message(organization: Organ
     customer = create(organization)
     client = staff(organization, *EDIT)
     answer = client.post(
-        address(customer), as_form(customer, phone="+493012345", message="as on invoice"), headers={"Request-Id": "req-12345"}
+        address(customer),
+        as_form(customer, phone="+493012345", message="as on invoice"),
+        headers={"Request-Id": "req-12345"},
     )
     assert answer.status_code == 302
     change = CustomerChange.objects.get(customer=customer, version=2)
@@ -65,7 +67,9 @@ def test_an_edit_makes_a_version_with_its_author_and_message(organization: Organ
     assert "+493012345" in page
 
 
-def test_a_customer_is_added_in_an_own_organization(organization: Organization, other_organization: Organization) -> None:
+def test_a_customer_is_added_in_an_own_organization(
+    organization: Organization, other_organization: Organization
+) -> None:
     client = staff(organization, *EDIT)
     values = {"name": "Acme Corporation", "is_active": "on", "custom_fields": "{}"}
     refused = client.post(f"{LIST}add/", {**values, "organization": other_organization.pk})

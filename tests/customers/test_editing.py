@@ -178,3 +178,15 @@ def test_only_editing_writes_customers() -> None:
                 if makes or (stores and isinstance(call.func, ast.Attribute) and call.func.attr in writes):
                     offences.append(f"{path.relative_to(root)}:{call.lineno}: {asks}")
     assert offences == []
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.skipif(connection.vendor != "postgresql", reason="SQLite's planner needs no statistics for these tables")
+def test_a_table_that_has_doubled_is_counted_again(transactional_db: None, organization: Organization) -> None:
+    """Autovacuum comes later or never; a page of a fresh bulk load is asked for at once."""
+    bulk._inserted.clear()
+    values = [{"name": f"Example {n}"} for n in range(1100)]
+    editing.create(organization=organization, values=values, actor=ACTOR)
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT reltuples FROM pg_class WHERE relname = 'customers_customer'")
+        assert cursor.fetchone() == (1100,)

@@ -132,8 +132,12 @@ the import takes away. --raw writes them as they are: for machines only, never t
         try:
             with file:
                 writer = tabular.CsvWriter(file) if kind == "csv" else tabular.XlsxWriter(file)  # type: ignore[arg-type] # opened to suit
-                yield writer
-                writer.close()
+                try:
+                    yield writer
+                    writer.close()
+                except BaseException:
+                    writer.discard()
+                    raise
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)

@@ -37,11 +37,15 @@ ends it at once. With --once the code after Ctrl-C is 130: there may be work lef
             asked.append(number)
             worker.stop.set()
 
+        before = {}
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, stop)
-            signal.signal(signal.SIGTERM, stop)
+            before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         if not options["once"]:
             self.say(f"The worker runs with {options['threads']} threads. Ctrl-C stops it.")
-        worker.run(once=options["once"])
+        try:
+            worker.run(once=options["once"])
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
         if options["once"] and asked:
             self.end(Exit.STOPPED)
