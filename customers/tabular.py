@@ -94,6 +94,7 @@ _TRUE = {"true", "yes", "y", "1"}
 _FALSE = {"false", "no", "n", "0"}
 _FORMULA = re.compile("'*[=+\\-@\t\r\x00]")
 _PROTECTED = re.compile("'+[=+\\-@\t\r\x00]")
+_NOT_UTF8 = re.compile("[\udc80-\udcff]")
 # Characters that XML cannot hold, and texts that would read as such an escape.
 _XML_ESCAPED = re.compile("[\x00-\x08\x0b-\x1f\ud800-\udfff\ufffe\uffff]|_(?=x[0-9A-Fa-f]{4}_)")
 _XML_ESCAPE = re.compile("_x([0-9A-Fa-f]{4})_")
@@ -324,7 +325,7 @@ def _row(number: int, cells: Sequence[Cell], columns: Sequence[str | None], *, r
         text = cell[1:] if not raw and _PROTECTED.match(cell) else cell
         if not text.strip():
             empty.add(column)
-        elif any("\udc80" <= character <= "\udcff" for character in text):
+        elif _NOT_UTF8.search(text):
             wrong[column] = "The cell is not UTF-8. Save the file as CSV in UTF-8."
         elif column in FLAGS:
             word = text.strip().casefold()

@@ -11,7 +11,7 @@ from rest_framework.response import Response
 from rest_framework.viewsets import ViewSet
 
 from connectors.inbound.authentication import BearerKey
-from connectors.inbound.bodies import AnyJSONParser
+from connectors.inbound.bodies import AnyJSONParser, measure
 from connectors.inbound.errors import Fault, fault_of
 from connectors.models import ApiKey, Connection
 from customers.editing import Actor
@@ -19,7 +19,7 @@ from customers.models import CustomerChange, Organization
 
 
 class Mirror(ViewSet):
-    """A viewset of one provider's documented endpoints. A subclass sets `provider` and says what an error looks like."""
+    """A viewset of one provider's documented endpoints. A subclass sets `provider` and says how an error looks."""
 
     provider: ClassVar[str]
     authentication_classes = [BearerKey]
@@ -41,6 +41,10 @@ class Mirror(ViewSet):
         )
         if any("\x00" in text for text in given):
             raise exceptions.ParseError("Remove the NUL character from the address.")
+        # Answers name this host: one that is not ours is refused before anything is stored, not after.
+        request.get_host()
+        if request.method in ("POST", "PUT"):
+            measure(request)
 
     def handle_exception(self, exc: Exception) -> Response:
         fault = fault_of(exc)

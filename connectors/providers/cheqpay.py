@@ -217,7 +217,7 @@ class Customers(Mirror):
             return None
         return editing.lock(organization=self.organization, ids=[customer_id])[customer_id]
 
-    def retrieve(self, request: Request, external_id: str) -> Response:
+    def retrieve(self, request: Request, external_id: str = "add-update") -> Response:
         # An id may itself end in a slash; only when there is none such is the last slash part of the address.
         wanted = (external_id, external_id.removesuffix("/"))
         links = CustomerLink.objects.filter(connection=self.merchant, remote_id__in=wanted, deleted_at=None)
@@ -236,8 +236,8 @@ class Cheqpay(Provider):
     account_label = "merchant id"
     fields = frozenset({*NAMES, "email", "phone", "is_active", *NOTICES})
     urls: ClassVar = (
-        re_path(r"^customers/add-update/?$", Customers.as_view({"post": "add_update"})),
-        re_path(r"^customers/(?P<external_id>.+)$", Customers.as_view({"get": "retrieve"})),
+        re_path(r"^customers/add-update/?$", Customers.as_view({"post": "add_update", "get": "retrieve"})),
+        re_path(r"^customers/(?P<external_id>(?s:.+))$", Customers.as_view({"get": "retrieve"})),
     )
 
     def headers(self, *, account: str, credentials: Mapping[str, str]) -> dict[str, str | Secret]:

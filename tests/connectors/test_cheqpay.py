@@ -184,7 +184,9 @@ def test_texts_are_stored_trimmed_but_the_external_id_is_kept_to_the_letter(call
     assert caller.get("a b").status_code == 404
 
 
-@pytest.mark.parametrize("external_id", ["a/b", "a/", "/a", "a b?c#d", "größe-ñ", "100%", "a//b", "…", "A&B=C"])
+@pytest.mark.parametrize(
+    "external_id", ["a/b", "a/", "/a", "a b?c#d", "größe-ñ", "100%", "a//b", "…", "A&B=C", "a\nb", "add-update"]
+)
 def test_an_external_id_of_any_characters_can_be_read_back(caller: Caller, external_id: str) -> None:
     assert caller.send(MINIMAL | {"externalId": external_id}).json()["externalId"] == external_id
     assert caller.get(external_id).json()["externalId"] == external_id

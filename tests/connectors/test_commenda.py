@@ -6,6 +6,7 @@ import json
 import time
 from base64 import urlsafe_b64encode
 from collections.abc import Callable
+from http.client import HTTPConnection
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -389,6 +390,26 @@ def test_a_body_over_one_megabyte_is_refused(caller: Caller) -> None:
     assert_error(caller.send(MINIMAL | {"email": "x" * 1024 * 1024}), 400)
 
 
+@pytest.mark.django_db(transaction=True)
+def test_a_body_in_chunks_is_read_like_any_other(caller: Caller, server: str) -> None:
+    customer = caller.create()
+
+    def send(*parts: bytes) -> tuple[int, Any]:
+        wire = HTTPConnection(server.removeprefix("http://"), timeout=30)
+        try:
+            wire.request("POST", f"{BASE}/{customer['id']}", iter(parts), caller.headers, encode_chunked=True)
+            answer = wire.getresponse()
+            return answer.status, json.loads(answer.read())
+        finally:
+            wire.close()
+
+    status, body = send(b'{"name":', b' "In Pieces"}')
+    assert (status, body["data"]["name"]) == (200, "In Pieces")
+    status, body = send(b" " * (1024 * 1024), b" ")
+    assert (status, body["error"]["type"]) == (400, "CLIENT_INVALID_REQUEST_BODY")
+    assert "larger than 1 MB" in body["error"]["detail"]
+
+
 @pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer hub_wrong"}, {"x-api-key": "KEY"}])
 def test_without_a_good_token_every_endpoint_is_401(caller: Caller, api_key: str, headers: dict[str, str]) -> None:
     created = caller.create()
@@ -562,6 +583,7 @@ def encoded(text: str) -> str:
         ({"limit": 101}, ["/limit"]),
         ({"limit": "ten"}, ["/limit"]),
         ({"limit": ""}, ["/limit"]),
+        ({"search_term": "x" * 60_000}, ["/search_term"]),
         ({"cursor": "x"}, ["/cursor"]),
         ({"cursor": "ünïcode"}, ["/cursor"]),
         ({"cursor": encoded("-1")}, ["/cursor"]),

@@ -177,6 +177,12 @@ def test_a_malformed_body_is_refused_in_the_same_shape(call: Callable[..., Any],
     assert not Customer.objects.exists()
 
 
+def test_a_host_that_is_not_ours_is_refused_before_anything_is_stored(call: Callable[..., Any]) -> None:
+    answer = call("POST", ONE, example("create.request"), Host="other.example")
+    assert (answer.status_code, answer.json().keys()) == (400, {"message", "errors"})
+    assert not Customer.objects.exists()
+
+
 def test_a_missing_or_wrong_key_is_401(call: Callable[..., Any], api: Client, api_key: str) -> None:
     assert api.get(MANY).status_code == 401
     for key in ("", "wrong", api_key[:-1], "\x00"):

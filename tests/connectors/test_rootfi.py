@@ -690,6 +690,7 @@ def test_an_edit_made_here_shows_as_updated(get: Call, three: list[dict[str, Any
         ("name[like]", "A"),
         ("name[gt]", "A"),
         ("name[]", "A"),
+        ("name[contains]", "x" * 60_000),
         ("rootfi_id[contains]", "1"),
         ("rootfi_id[eq]", "one"),
         ("rootfi_id[eq]", "-1"),
@@ -913,3 +914,5 @@ def test_other_runs_of_the_hub_are_not_shown(
 def test_a_wrong_query_of_runs_is_refused_by_name(get: Call) -> None:
     refused(get(SYNCS, name__eq="Ada"), "invalid-params", "Invalid field: name[eq]. ")
     refused(get(SYNCS, sort__rootfi_id="ASC"), "invalid-params", "Invalid field: sort[rootfi_id]. ")
+    for next_ in ("http://[", "https://example.com/", "https://example.com/?next=x"):
+        refused(get(SYNCS, next=next_), "invalid-params", "Invalid field: next. ")

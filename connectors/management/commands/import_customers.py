@@ -40,7 +40,7 @@ from customers.models import Customer, Organization
 from customers.normalize import clean_text, is_email
 from customers.tabular import Problem, Row
 
-CHUNK_ROWS = 500
+CHUNK_ROWS = 1000
 ERRORS_SHOWN = 20
 # The connection that holds the external ids of files that name none.
 FILE_PROVIDER, FILE_NAME = "file", "import"

@@ -67,7 +67,7 @@ class ListQuery(serializers.Serializer[Any]):
     cursor = CursorField(required=False)
     limit = serializers.IntegerField(default=10, min_value=1, max_value=100)
     name = serializers.CharField(required=False, allow_blank=True)
-    search_term = serializers.CharField(required=False, allow_blank=True)
+    search_term = serializers.CharField(required=False, allow_blank=True, max_length=editing.LENGTHS["name"])
     source_platforms = Words(required=False, allow_blank=True)
     source_platform_ids = Words(required=False, allow_blank=True)
     extend = Words(required=False, allow_blank=True)

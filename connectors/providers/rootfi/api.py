@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
 from django.db import transaction
 from django.db.models import Case, F, TextField, Value, When
@@ -362,7 +362,8 @@ class Syncs(RootFiMirror):
         for name in ("next", "prev"):
             given = query.get(name) or ""
             if given.startswith(("http://", "https://")):
-                query[name] = parse_qs(urlsplit(given).query).get(name, [""])[-1]
+                # Not urlsplit: it raises for a host that is none, and the host does not matter here.
+                query[name] = parse_qs(given.partition("?")[2].partition("#")[0]).get(name, [given])[-1]
         listing = understand(query, fields=self.fields, order=(("rootfi_id", True),))
         companies = self.companies(listing)
         rows = listing.filtered(

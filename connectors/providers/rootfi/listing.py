@@ -23,7 +23,7 @@ M = TypeVar("M", bound=Model)
 Filter = tuple[str, str, list[Any]]
 BRACKETS = re.compile(r"([A-Za-z_]+)\[([A-Za-z_]*)\]")
 # Beyond these a query is no longer planned well, and SQLite refuses it.
-MAX_FILTERS, MAX_VALUES = 20, 100
+MAX_FILTERS, MAX_VALUES, MAX_PART = 20, 100, 255
 MILLISECOND = timedelta(milliseconds=1)
 TIME = serializers.DateTimeField(default_timezone=UTC)
 
@@ -73,6 +73,8 @@ class Text(Field):
         self.key = key
 
     def condition(self, at: str, operator: str, values: Sequence[Any]) -> Q:
+        if operator == "contains" and len(values[0]) > MAX_PART:
+            raise ValueError(f"Use at most {MAX_PART} characters.")
         exact = super().condition(at, operator, values)
         if self.key is None or operator not in ("eq", "in") or "" in values:
             return exact
