@@ -8,7 +8,6 @@ ConnectorError            never raised itself
 └── ConnectionUnusable    pause the whole connection until somebody repairs it
 """
 
-
 from __future__ import annotations
 
 

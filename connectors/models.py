@@ -328,7 +328,7 @@ class CustomerLink(models.Model):
         permissions = [("push_customerlink", "Can push customers to connected systems")]
 
     def __str__(self) -> str:
-        return f"{self.customer_id} in {self.connection_id}"
+        return f"{self.customer} in {self.connection}"
 
     @property
     def is_dirty(self) -> bool:

@@ -52,7 +52,7 @@ STATUSES = {
         Status("remote_deleted", "Gone there", "⌫", "you", "danger", "Deleted in {system}."),
         Status("duplicate", "Duplicate there", "⧉", "you", "warning", "A second record in {system}."),
         Status("paused", "Paused", "‖", "you", "base", "Paused: {error}"),
-        Status("reconnect", "Reconnect", "🔑", "connection owner", "danger", "{system} cannot be used: {error}"),
+        Status("reconnect", "Reconnect", "⚠", "connection owner", "danger", "{system} cannot be used: {error}"),
         Status("calls_us", "Reads from us", "⇠", "nobody", "base", "{system} reads this customer from the hub."),
         Status("not_linked", "Not linked", "–", "nobody", "base", "Not in {system}."),
     )

@@ -1,6 +1,7 @@
 """Ids: UUID version 7 in the database, `cust_` and 26 Crockford base-32 characters outside."""
 
 import secrets
+import threading
 import time
 from uuid import UUID
 
@@ -9,14 +10,20 @@ VALUE_OF = {character: value for value, character in enumerate(ALPHABET)} | {
     character.lower(): value for value, character in enumerate(ALPHABET)
 }
 
+_lock = threading.Lock()
+_last = 0
+
 
 def uuid7() -> UUID:
-    """RFC 9562: 48 bits of Unix milliseconds, then 74 random bits; ids made later sort later."""
+    """RFC 9562: 48 bits of Unix milliseconds, then 74 random bits. Ids of one process sort in the order of their making."""
+    global _last
     milliseconds = time.time_ns() // 1_000_000
-    value = (milliseconds & (1 << 48) - 1) << 80 | secrets.randbits(80)
-    value = value & ~(0xF << 76) | 0x7 << 76
-    value = value & ~(0x3 << 62) | 0x2 << 62
-    return UUID(int=value)
+    with _lock:
+        made = max(milliseconds << 74 | secrets.randbits(74), _last + 1 + secrets.randbits(32))
+        _last = made
+    high, low = made >> 62, made & (1 << 62) - 1
+    high = high >> 12 << 16 | 0x7 << 12 | high & 0xFFF
+    return UUID(int=high << 64 | 0x2 << 62 | low)
 
 
 def public_id(prefix: str, uid: UUID) -> str:

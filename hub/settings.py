@@ -21,14 +21,16 @@ env.read_env(str(BASE_DIR / ".env"))
 
 PRODUCTION: bool = env.bool("PRODUCTION", default=False)
 DEBUG: bool = env.bool("DEBUG", default=False)
+# Where SQLite, the keys of a laptop and what the quickstart made are kept; `hub.env` there is read, too.
 DATA_DIR = Path(env.str("HUB_DATA", default=str(BASE_DIR / "data"))).expanduser().resolve()
+env.read_env(str(DATA_DIR / "hub.env"))
 
 
 def kept_secret(name: str) -> str:
     """A random key made on first use and kept in DATA_DIR, so that no laptop runs on a key that is in the source."""
     path = DATA_DIR / name
     if not path.exists():
-        DATA_DIR.mkdir(parents=True, exist_ok=True)
+        DATA_DIR.mkdir(mode=0o700, parents=True, exist_ok=True)
         fresh = DATA_DIR / f".{name}.{os.getpid()}"
         with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
             file.write(urlsafe_b64encode(secrets.token_bytes(32)).decode())

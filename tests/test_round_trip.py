@@ -109,9 +109,7 @@ def test_import_push_in_four_formats_and_pull_back(
     for slug in ("commenda", "rootfi"):  # Links' list shows every customer there is; Cheqpay documents none
         chosen, provider = connections[slug], PROVIDERS[slug]
         session = provider.session(chosen)
-        run = timed(
-            f"pull {slug}", lambda c=chosen, p=provider, s=session: pull(connection=c, provider=p, session=s)
-        )
+        run = timed(f"pull {slug}", lambda c=chosen, p=provider, s=session: pull(connection=c, provider=p, session=s))
         assert (run.state, run.planned, run.unchanged) == (SyncRun.State.SUCCEEDED, SIZE, SIZE), run.problems
     assert {c.pk: c.version for c in ours.all()} == before
     waiting = CustomerLink.objects.filter(connection__organization=organization, next_attempt_at__isnull=False)

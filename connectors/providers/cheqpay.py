@@ -236,6 +236,7 @@ class Cheqpay(Provider):
     account_label = "merchant id"
     fields = frozenset({*NAMES, "email", "phone", "is_active", *NOTICES})
     urls: ClassVar = (
+        # Read, it is an external id like any other.
         re_path(r"^customers/add-update/?$", Customers.as_view({"post": "add_update", "get": "retrieve"})),
         re_path(r"^customers/(?P<external_id>(?s:.+))$", Customers.as_view({"get": "retrieve"})),
     )

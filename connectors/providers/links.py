@@ -21,7 +21,7 @@ from rest_framework.exceptions import NotFound
 from rest_framework.request import Request
 from rest_framework.response import Response
 
-from connectors.exceptions import OutcomeUnknown, Rejected
+from connectors.exceptions import ConnectionUnusable, Gone, OutcomeUnknown, Rejected
 from connectors.inbound.errors import Fault, dotted
 from connectors.inbound.fields import Text, well_formed
 from connectors.inbound.mirror import Mirror, read_query
@@ -234,7 +234,12 @@ class Links(Provider):
         limit: int = 100,
     ) -> Page:
         number = int(cursor or 1)
-        body = session.request("GET", "/unified/customers", params={"page": number, "limit": limit}).body
+        try:
+            body = session.request("GET", "/unified/customers", params={"page": number, "limit": limit}).body
+        except Gone as error:
+            raise ConnectionUnusable(
+                "There is no Links API at this address. Check the base address.", status=error.status
+            ) from None
         if not isinstance(body, dict) or not isinstance(body.get("data"), list):
             raise OutcomeUnknown("Links answered a list without data.")
         records: list[Record | Rejected] = []

@@ -75,11 +75,12 @@ def _link_new(organization: Organization, created: Sequence[Changed], actor: Act
                 customer_id=change.customer_id,
                 connection=connection,
                 needed_version=change.version,
+                is_primary=position == 0,
                 next_attempt_at=now,
                 created_at=now,
                 updated_at=now,
             )
-            for connection in connections
+            for position, connection in enumerate(connections)
             for change in created
         ]
     )

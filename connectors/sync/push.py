@@ -82,7 +82,7 @@ def push(
                 break
             settle(part, token=token, settled=settled)
             if sendings:
-                _send(part, provider, session, token, sendings)
+                _send(part, provider, session, token, sendings, stop)
             progress(part.totals)
     finally:
         if part.own is not None:
@@ -202,7 +202,14 @@ def _batches(part: Slice, sendings: Sequence[Sending]) -> Iterator[list[Sending]
             yield alike[first : first + size]
 
 
-def _send(part: Slice, provider: Provider, session: Session, token: str, sendings: Sequence[Sending]) -> None:
+def _send(
+    part: Slice,
+    provider: Provider,
+    session: Session,
+    token: str,
+    sendings: Sequence[Sending],
+    stop: Callable[[], bool] = lambda: False,
+) -> None:
     """Send side by side, and keep each answer as soon as it is known. Database work stays in this thread."""
     last_start = part.clock() + LEASE / 2
     queue = list(_batches(part, sendings))
@@ -210,7 +217,13 @@ def _send(part: Slice, provider: Provider, session: Session, token: str, sending
     with ThreadPoolExecutor(max_workers=CONCURRENT_CALLS) as pool:
         running: dict[Future[None], list[Sending]] = {}
         while queue or running:
-            while queue and len(running) < CONCURRENT_CALLS and unusable is None and part.clock() < last_start:
+            while (
+                queue
+                and len(running) < CONCURRENT_CALLS
+                and unusable is None
+                and not stop()
+                and part.clock() < last_start
+            ):
                 batch = queue.pop(0)
                 running[pool.submit(_call, provider, session, part.connection, batch)] = batch
             if not running:

@@ -142,8 +142,10 @@ def _receive(
             link=link,
             merge=merges.get(key),
         )
-    bulk.insert(fresh_links)
     if fresh_links:
+        # Where they come from leads, not a system that new customers are sent to at once.
+        CustomerLink.objects.filter(customer__in=created, is_primary=True).update(is_primary=False)
+        bulk.insert(fresh_links)
         made = dict(CustomerLink.objects.filter(uid__in=[link.uid for link in fresh_links]).values_list("uid", "pk"))
         for link in fresh_links:
             link.pk = made[link.uid]

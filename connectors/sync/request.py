@@ -46,7 +46,7 @@ def request(
     if since is not None:
         customers = customers.filter(updated_at__gte=since)
     if limit is not None:
-        customers = customers.filter(pk__in=list(customers.order_by("pk").values_list("pk", flat=True)[:limit]))
+        customers = customers.filter(pk__in=customers.order_by("pk").values("pk")[:limit])
     _link_missing(connection, customers, now)
     links = CustomerLink.objects.filter(
         connection=connection, customer__in=customers, is_duplicate=False, deleted_at=None

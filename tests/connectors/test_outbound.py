@@ -141,18 +141,12 @@ def test_a_request_arrives_as_described_and_its_answer_is_parsed():
     def behave(connection, request):
         seen.append(request)
         connection.sendall(
-            answer_bytes(
-                b'{"na\\u0000me": "A\\u0000nn\\u001b\\nE", "n": [1, null]}', "201 Created", "X-Request-Id: r9"
-            )
+            answer_bytes(b'{"na\\u0000me": "A\\u0000nn\\u001b\\nE", "n": [1, null]}', "201 Created", "X-Request-Id: r9")
         )
 
     with serve(behave) as base:
-        session = Session(
-            base_url=f"{base}/api/v1", headers={"Authorization": Secret("Bearer k")}, request_id="req-1"
-        )
-        answer = session.send(
-            "post", "/unified/customer", json={"a": 1}, params={"q": "x y"}, headers={"X-A": "1"}
-        )
+        session = Session(base_url=f"{base}/api/v1", headers={"Authorization": Secret("Bearer k")}, request_id="req-1")
+        answer = session.send("post", "/unified/customer", json={"a": 1}, params={"q": "x y"}, headers={"X-A": "1"})
     head, _, body = seen[0].partition(b"\r\n\r\n")
     lines = head.decode().lower().split("\r\n")
     assert lines[0] in (
@@ -218,9 +212,7 @@ def test_a_client_can_be_injected():
         assert Session(base_url="http://h", client=client).send("DELETE", "x").body is None
 
 
-@pytest.mark.parametrize(
-    "path", ["a/../../admin", "a/%2e%2e/b", "..", "a/./b", "a?b=c", "a#b", "a\\b", "a b", "a\nb"]
-)
+@pytest.mark.parametrize("path", ["a/../../admin", "a/%2e%2e/b", "..", "a/./b", "a?b=c", "a#b", "a\\b", "a b", "a\nb"])
 def test_a_path_that_leads_elsewhere_is_refused(path):
     with pytest.raises(Rejected):
         Session(base_url="https://h/api").send("GET", path)
@@ -325,9 +317,7 @@ BAD_ANSWERS = {
 @pytest.mark.parametrize(("method", "expected"), LOST[:2])
 @pytest.mark.parametrize("behave", BAD_ANSWERS.values(), ids=BAD_ANSWERS.keys())
 @pytest.mark.usefixtures("local")
-def test_an_unusable_answer_leaves_the_outcome_unknown_unless_nothing_can_have_changed(
-    behave, method, expected
-):
+def test_an_unusable_answer_leaves_the_outcome_unknown_unless_nothing_can_have_changed(behave, method, expected):
     with serve(behave) as base, pytest.raises(expected):
         Session(base_url=base, deadline=10).send(method, "x")
 
@@ -384,9 +374,7 @@ def certificate(name, folder):
     )
     path = folder / "pair.pem"
     path.write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
         + built.public_bytes(serialization.Encoding.PEM)
     )
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -435,9 +423,7 @@ def test_a_handshake_that_fails_or_drips_is_tried_again():
             thread.start()
             started = time.monotonic()
             with pytest.raises(RetryLater):
-                Session(base_url=f"https://127.0.0.1:{listener.getsockname()[1]}", deadline=0.5).send(
-                    "POST", "x"
-                )
+                Session(base_url=f"https://127.0.0.1:{listener.getsockname()[1]}", deadline=0.5).send("POST", "x")
             assert time.monotonic() - started < 1.5
             thread.join()
 
@@ -723,9 +709,7 @@ def test_a_refusal_carries_the_providers_words(body, message, code):
 @pytest.mark.usefixtures("local")
 def test_a_provider_that_quotes_the_key_does_not_get_it_into_the_message():
     with serve(says(answer_bytes(b'{"message": "Invalid key sk_live_123456"}', "400 Bad Request"))) as base:
-        bad = Session(base_url=base, headers={"Authorization": Secret("Bearer sk_live_123456")}).send(
-            "POST", "x"
-        )
+        bad = Session(base_url=base, headers={"Authorization": Secret("Bearer sk_live_123456")}).send("POST", "x")
     with pytest.raises(Rejected, match=r"^Invalid key \*\*\*$"):
         raise_for_answer(bad)
     assert "sk_live" not in bad.text

@@ -26,9 +26,7 @@ def batch(size: int) -> dict[str, Any]:
 
 
 @pytest.fixture
-def count(
-    api: Client, api_key: str, connect: Callable[..., Connection]
-) -> Callable[[str, str, Any], int]:
+def count(api: Client, api_key: str, connect: Callable[..., Connection]) -> Callable[[str, str, Any], int]:
     for provider in ("commenda", "cheqpay", "rootfi"):
         connect(provider)
     headers = {

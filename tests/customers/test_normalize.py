@@ -115,9 +115,7 @@ def test_an_email_has_at_most_254_characters(length: int, well_formed: bool) -> 
         ("1" * 50, "DE", "1" * 32),
     ],
 )
-def test_a_phone_key_is_e164_where_the_country_is_known_and_digits_elsewhere(
-    text: str, country: str, key: str
-) -> None:
+def test_a_phone_key_is_e164_where_the_country_is_known_and_digits_elsewhere(text: str, country: str, key: str) -> None:
     assert phone_key(text, country=country) == key
 
 
