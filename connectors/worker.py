@@ -7,9 +7,10 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime, timedelta
+from functools import partial
 
-from django.db import close_old_connections, connection, transaction
-from django.db.models import Q
+from django.db import InterfaceError, OperationalError, close_old_connections, connection, transaction
+from django.db.models import F, Q
 from django.utils import timezone
 
 from connectors.exceptions import ConnectorError
@@ -28,6 +29,7 @@ Clock = Callable[[], datetime]
 SLICE = timedelta(seconds=20)
 SLICE_LINKS = 1000
 IDLE_SECONDS = 1.0
+REST, REST_CAP = timedelta(seconds=1), timedelta(minutes=1)
 
 
 def push_slice(chosen: Connection, *, clock: Clock = timezone.now, stop: Callable[[], bool] = lambda: False) -> int:
@@ -78,8 +80,12 @@ def run_queued(run: SyncRun, *, clock: Clock = timezone.now) -> int:
         return 0
     try:
         PROVIDERS[run.connection.provider].run_queued(run)
+    except (InterfaceError, OperationalError):
+        logger.exception("the queued batch %s waits for the database", run.public_id)
+        return 0
     except Exception as error:
         logger.exception("the queued batch %s failed", run.public_id)
+        SyncRun.objects.filter(pk=run.pk).update(refused=F("planned"))
         runs.finish(run=run, at=clock(), error=f"The batch failed: {type(error).__name__}.")
     return 1
 
@@ -105,7 +111,10 @@ def queued_batches() -> list[SyncRun]:
 
 
 class Worker:
-    """Runs slices in threads, one connection in one thread at a time, until `stop` is set and they have ended."""
+    """Runs slices in threads, one connection in one thread at a time, until `stop` is set and they have ended.
+
+    What came to nothing though it was due rests before it is tried again, longer each time.
+    """
 
     def __init__(self, *, threads: int = 4, clock: Clock = timezone.now, idle: float = IDLE_SECONDS) -> None:
         self.clock = clock
@@ -113,38 +122,53 @@ class Worker:
         self.stop = threading.Event()
         self.pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="slice")
         self.busy: dict[tuple[str, int], Future[int]] = {}
+        self.resting: dict[tuple[str, int], tuple[datetime, timedelta]] = {}
 
     def look(self) -> int:
-        """Start what is due and not under way; returns how many slices were started."""
-        self.busy = {key: future for key, future in self.busy.items() if not future.done()}
+        """Start what is due, neither under way nor resting; returns how many slices were started."""
         now = self.clock()
+        self._collect(now)
         work: list[tuple[tuple[str, int], Callable[[], int]]] = []
         for chosen in due_connections(now=now):
-            work.append((("push", chosen.pk), lambda c=chosen: push_slice(c, clock=self.clock, stop=self.stop.is_set)))  # type: ignore[misc]
+            work.append((("push", chosen.pk), partial(push_slice, chosen, clock=self.clock, stop=self.stop.is_set)))
         for chosen in due_pulls(now=now):
-            work.append((("pull", chosen.pk), lambda c=chosen: pull_due(c, clock=self.clock, stop=self.stop.is_set)))  # type: ignore[misc]
+            work.append((("pull", chosen.pk), partial(pull_due, chosen, clock=self.clock, stop=self.stop.is_set)))
         for run in queued_batches():
-            work.append((("batch", run.pk), lambda r=run: run_queued(r, clock=self.clock)))  # type: ignore[misc]
+            work.append((("batch", run.pk), partial(run_queued, run, clock=self.clock)))
         started = 0
         for key, do in work:
-            if key not in self.busy:
+            if key not in self.busy and (key not in self.resting or self.resting[key][0] <= now):
                 self.busy[key] = self.pool.submit(_in_thread, do)
                 started += 1
         return started
+
+    def _collect(self, now: datetime) -> None:
+        for key, future in list(self.busy.items()):
+            if not future.done():
+                continue
+            del self.busy[key]
+            if future.result():
+                self.resting.pop(key, None)
+            else:
+                rest = min(REST_CAP, 2 * self.resting[key][1] if key in self.resting else REST)
+                self.resting[key] = (now + rest, rest)
 
     def run(self, *, once: bool = False) -> None:
         """Work until `stop` is set; with `once`, until nothing is due. Then wait for what is under way."""
         try:
             while not self.stop.is_set():
+                started = 0
                 try:
                     started = self.look()
-                except Exception:  # the database went away: keep looking until it is back
+                except Exception:
+                    if once:
+                        raise
+                    # The database went away: keep looking until it is back.
                     logger.exception("looking for work failed")
-                    started = 0
                     connection.close()
                 finally:
                     close_old_connections()
-                if once and not started and not any(not future.done() for future in self.busy.values()):
+                if once and not started and not self.busy:
                     break
                 self.stop.wait(0.05 if started or (once and self.busy) else self.idle)
         finally:

@@ -6,6 +6,7 @@ Each call is one transaction. It locks what it changes, writes one change row pe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -40,6 +41,7 @@ TEXTS = (
     *(f"shipping_address_{part}" for part in ADDRESS),
     "currency",
 )
+MAX_DEPTH = 16
 FLAGS = ("notify_email", "notify_phone", "is_active")
 # What a person, a system or a file may set. Everything else on a customer follows from these.
 EDITABLE = (*TEXTS, *FLAGS, "custom_fields")
@@ -121,6 +123,8 @@ def problems(values: Values, *, creating: bool) -> dict[str, list[str]]:
         elif name == "custom_fields":
             if not isinstance(value, dict):
                 found[name] = ["Give an object of names and values."]
+            elif wrong := _unstorable(value):
+                found[name] = [wrong]
         elif name not in LENGTHS or name not in TEXTS:
             found[name] = ["A customer has no such field."]
         elif value is not None and not isinstance(value, str):
@@ -139,6 +143,20 @@ def problems(values: Values, *, creating: bool) -> dict[str, list[str]]:
     elif creating and not named:
         found["name"] = ["A customer needs a name."]
     return found
+
+
+def _unstorable(value: Any, depth: int = 0) -> str:
+    """Why a JSON value cannot be kept alike by both databases; "" when it can."""
+    if depth > MAX_DEPTH:
+        return f"Nest at most {MAX_DEPTH} levels."
+    if isinstance(value, str) and any(c == "\x00" or "\ud800" <= c <= "\udfff" for c in value):
+        return "Remove the NUL characters and lone surrogates."
+    if isinstance(value, float) and not math.isfinite(value):
+        return "Give numbers that are finite."
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return "Give whole numbers of at most 64 bits, or put them in quotes."
+    inner = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return next(filter(None, (_unstorable(one, depth + 1) for one in inner)), "")
 
 
 def _columns(values: Values, *, organization: Organization, before: Customer | None) -> dict[str, Any]:

@@ -15,7 +15,7 @@ _last = 0
 
 
 def uuid7() -> UUID:
-    """RFC 9562: 48 bits of Unix milliseconds, then 74 random bits. Ids of one process sort in the order of their making."""
+    """RFC 9562: 48 bits of Unix milliseconds, then 74 random bits. Ids of one process sort as they were made."""
     global _last
     milliseconds = time.time_ns() // 1_000_000
     with _lock:

@@ -17,7 +17,7 @@ class OrganizationQuerySet(models.QuerySet["Organization"]):
         """The organizations whose customers this person may work with: a superuser's are all."""
         if getattr(user, "is_superuser", False):
             return self
-        return self.filter(members=user.pk)
+        return self.filter(members=user.pk) if user.pk else self.none()
 
 
 class Organization(models.Model):

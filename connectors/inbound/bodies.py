@@ -8,6 +8,7 @@ from typing import Any
 import orjson
 from django.conf import settings
 from rest_framework import exceptions
+from rest_framework.negotiation import BaseContentNegotiation
 from rest_framework.parsers import BaseParser
 from rest_framework.renderers import BaseRenderer
 from rest_framework.request import Request
@@ -45,10 +46,14 @@ class JSONParser(BaseParser):
         return data
 
 
-class AnyJSONParser(JSONParser):
-    """JSON whatever the content type says: curl's `-d` labels it as a form unless told otherwise."""
+class AlwaysJSON(BaseContentNegotiation):
+    """Whatever a client says that it sends or accepts, it is JSON: curl's `-d` labels a body as a form."""
 
-    media_type = "*/*"
+    def select_parser(self, request: Any, parsers: Any) -> Any:
+        return parsers[0]
+
+    def select_renderer(self, request: Any, renderers: Any, format_suffix: str | None = None) -> Any:
+        return renderers[0], renderers[0].media_type
 
 
 def measure(request: Request) -> None:

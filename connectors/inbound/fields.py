@@ -30,6 +30,16 @@ class Flag(serializers.BooleanField):
         return data
 
 
+class Whole(serializers.IntegerField):
+    """A JSON whole number."""
+
+    def to_internal_value(self, data: Any) -> int:
+        if type(data) is not int:
+            self.fail("invalid")
+        number: int = super().to_internal_value(data)
+        return number
+
+
 def well_formed(text: str) -> None:
     """A validator: an e-mail address as far as its form can tell."""
     if not is_email(text):

@@ -11,7 +11,7 @@ from rest_framework.response import Response
 from rest_framework.viewsets import ViewSet
 
 from connectors.inbound.authentication import BearerKey
-from connectors.inbound.bodies import AnyJSONParser, measure
+from connectors.inbound.bodies import AlwaysJSON, JSONParser, measure
 from connectors.inbound.errors import Fault, fault_of
 from connectors.models import ApiKey, Connection
 from customers.editing import Actor
@@ -24,7 +24,8 @@ class Mirror(ViewSet):
     provider: ClassVar[str]
     authentication_classes = [BearerKey]
     permission_classes = []
-    parser_classes = [AnyJSONParser]
+    parser_classes = [JSONParser]
+    content_negotiation_class = AlwaysJSON
 
     def fault(self, fault: Fault) -> Mapping[str, Any]:
         """The error body in the provider's documented shape."""

@@ -21,7 +21,7 @@ from rest_framework.exceptions import NotFound
 from rest_framework.request import Request
 from rest_framework.response import Response
 
-from connectors.exceptions import ConnectionUnusable, Gone, OutcomeUnknown, Rejected
+from connectors.exceptions import ConnectionUnusable, Gone, OutcomeUnknown, Rejected, RetryLater
 from connectors.inbound.errors import Fault, dotted
 from connectors.inbound.fields import Text, well_formed
 from connectors.inbound.mirror import Mirror, read_query
@@ -71,6 +71,9 @@ class Wire(serializers.Serializer[Any]):
 
     def show(self, customer: Customer, link: CustomerLink | None, *, origin: str) -> dict[str, Any]:
         """Customer and leading link -> the 28 documented keys. `origin` is scheme and host for the logo's address."""
+        # A tombstone is no source any more, and it confirms that the record is gone there, too.
+        gone = link is not None and link.deleted_at is not None
+        link = None if gone else link
         connection = link.connection if link else None
         return {
             "id": customer.public_id,
@@ -88,7 +91,7 @@ class Wire(serializers.Serializer[Any]):
             **{name: getattr(customer, name) or None for name in ADDRESSES},
             "phone": customer.phone or None,
             "is_primary": True,
-            "local_was_deleted": customer.archived_at is not None,
+            "local_was_deleted": customer.archived_at is not None and not gone,
             "local_was_updated": link.is_dirty if link else False,
             "source_data_created_at": timestamp(link.remote_created_at or link.created_at) if link else None,
             "is_active": customer.is_active,
@@ -113,7 +116,7 @@ class UnifiedCustomers(Mirror):
         return {"message": fault.message, "errors": errors}
 
     def customers(self) -> QuerySet[Customer]:
-        leading = CustomerLink.objects.filter(is_primary=True, deleted_at=None).select_related("connection")
+        leading = CustomerLink.objects.filter(is_primary=True).select_related("connection")
         return Customer.objects.filter(organization=self.organization).prefetch_related(
             Prefetch("links", queryset=leading, to_attr="leading_links")
         )
@@ -241,14 +244,15 @@ class Links(Provider):
                 "There is no Links API at this address. Check the base address.", status=error.status
             ) from None
         if not isinstance(body, dict) or not isinstance(body.get("data"), list):
-            raise OutcomeUnknown("Links answered a list without data.")
+            raise RetryLater("Links answered a list without data.")
         records: list[Record | Rejected] = []
         for document in body["data"]:
             try:
                 records.append(self.record({"data": document}))
             except (Rejected, OutcomeUnknown) as error:
                 records.append(Rejected(error.message, code="unreadable"))
-        last = number >= int(body.get("totalPages") or 0)
+        pages = body.get("totalPages")
+        last = not records or not isinstance(pages, int) or number >= pages
         return Page(records=records, next=None if last else str(number + 1))
 
     def stored(self, body: Any) -> Record:
@@ -261,7 +265,7 @@ class Links(Provider):
     def record(self, body: Any) -> Record:
         """`{"data": {…}}` -> Record. What Links itself would refuse is kept out of the hub, too."""
         document = body.get("data") if isinstance(body, dict) else None
-        if not isinstance(document, dict) or not isinstance(document.get("id"), str):
+        if not isinstance(document, dict) or not isinstance(document.get("id"), str) or not document["id"]:
             raise OutcomeUnknown("Links answered without the customer's id.")
         try:
             values = WIRE.read({k: v for k, v in document.items() if v is not None or k in ("email", "name")})

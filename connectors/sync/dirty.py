@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 
 from django.conf import settings
+from django.db import connection as database
 from django.db.models import Case, F, OuterRef, Q, Subquery, Value, When
 from django.utils import timezone
 
@@ -42,9 +43,13 @@ def mark_dirty(
     if groups:
         version = Customer.objects.filter(pk=OuterRef("customer_id")).values("version")
         keeps_waiting = (LinkState.UNCERTAIN, LinkState.CONFLICT, LinkState.REMOTE_DELETED, LinkState.PAUSED)
-        CustomerLink.objects.filter(
+        rows = CustomerLink.objects.filter(
             concerned, connection__direction__in=Connection.PUSHING, is_duplicate=False, deleted_at=None
-        ).update(
+        )
+        # Locked in the order in which a push locks them, so that the two never wait for each other in a circle.
+        of = ("self",) if database.features.has_select_for_update_of else ()
+        locked = list(rows.order_by("pk").select_for_update(of=of).values_list("pk", flat=True))
+        CustomerLink.objects.filter(pk__in=locked).update(
             needed_version=Subquery(version),
             next_attempt_at=Case(
                 When(state__in=keeps_waiting, then=F("next_attempt_at")),

@@ -14,11 +14,12 @@ from django.utils import timezone
 from django.utils.dateparse import parse_datetime
 
 from connectors.exceptions import ConnectionUnusable, ConnectorError, Rejected
-from connectors.models import Connection, CustomerLink, SyncRun
+from connectors.models import Connection, CustomerLink, PushIntent, SyncRun
 from connectors.outbound import Session
 from connectors.provider import Provider, Record
 from connectors.states import LinkState
 from connectors.sync import runs
+from connectors.sync.merge import same
 from connectors.sync.receive import UNCHANGED, UPDATED, receive
 from customers import editing
 from customers.editing import Actor
@@ -28,6 +29,7 @@ from customers.models import CustomerChange
 OVERLAP = timedelta(minutes=5)
 LEASE = timedelta(minutes=5)
 PAGE_ROWS = 100
+REMOTE_ID_LENGTH = 255
 
 
 class AlreadyRunning(Exception):
@@ -55,6 +57,9 @@ def pull(
     """
     started = clock()
     token = _lease(connection, started)
+    # Whoever holds the lease knows that earlier pulls which never ended are dead.
+    for dead in SyncRun.objects.filter(connection=connection, kind=SyncRun.Kind.PULL, finished_at=None):
+        runs.finish(run=dead, at=started, error="The process that ran it ended.")
     author = Actor(kind=CustomerChange.Actor.CONNECTION, id=str(connection.pk), name=connection.name)
     run = runs.start(
         organization=connection.organization,
@@ -69,16 +74,27 @@ def pull(
     incremental = provider.capabilities(connection).incremental
     since = since or (_time(checkpoint.get("since")) if incremental else None)
     cursor: str | None = checkpoint.get("cursor")
+    kept_cursor = cursor
     began = _time(checkpoint.get("began")) or started
     totals: Counter[str] = Counter()
     error = ""
     try:
         while True:
             rows = PAGE_ROWS if limit is None else min(PAGE_ROWS, limit - totals.total())
-            page = provider.page(session, connection, cursor=cursor, since=since, limit=rows)
+            fetched = clock()
+            try:
+                page = provider.page(session, connection, cursor=cursor, since=since, limit=rows)
+            except Rejected:
+                if cursor is None or cursor != kept_cursor:
+                    raise
+                # The system has forgotten the place where an earlier pull stopped: begin again.
+                cursor = kept_cursor = None
+                continue
             records = list(page.records)[:rows] if limit is not None else list(page.records)
             with transaction.atomic():
-                outcomes, problems = _take_page(connection, provider, records, author, clock(), dry_run=dry_run)
+                outcomes, problems = _take_page(
+                    connection, provider, records, author, fetched, clock(), dry_run=dry_run
+                )
                 runs.add(run_id=run.pk, totals=outcomes, problems=problems, at=clock())
                 if keeps_place:
                     checkpoint = {"cursor": page.next, "began": began.isoformat(), "since": checkpoint.get("since")}
@@ -138,11 +154,64 @@ def _release(connection: Connection, token: str, now: datetime) -> None:
     )
 
 
+def _without_our_own(
+    connection: Connection, records: list[Record], outcomes: Counter[str], at: datetime
+) -> list[Record]:
+    """The records, less those that may be creates of ours whose answer is still out or was lost.
+
+    Such a record is taken for its link when it carries the link's marker, or when it alone says what was sent;
+    otherwise it is left for the next pull, because a second golden record could not be taken back.
+    """
+    ids = {record.remote_id: record for record in records}
+    linked = CustomerLink.objects.filter(connection=connection, remote_id__in=ids).values_list("remote_id", flat=True)
+    unknown = [record for record in records if record.remote_id not in set(linked)]
+    if not unknown:
+        return records
+    waiting = (PushIntent.Outcome.OPEN, PushIntent.Outcome.UNCERTAIN)
+    intents = list(
+        PushIntent.objects.filter(
+            link__connection=connection, link__remote_id=None, kind=PushIntent.Kind.CREATE, outcome__in=waiting
+        ).select_related("link")
+    )
+    if not intents:
+        return records
+    left_out = set()
+    for record in unknown:
+        texts = {value for value in record.document.values() if isinstance(value, str)}
+        marked = [i for i in intents if texts & {str(i.link.uid), i.link.uid.hex, f"{i.link.uid.hex}_1"}]
+        alike = marked or [i for i in intents if _says(record, i.sent_values)]
+        twins = [other for other in unknown if alike and _says(other, alike[0].sent_values)]
+        if len(alike) == 1 and (marked or len(twins) == 1):
+            link, intent = alike[0].link, alike[0]
+            CustomerLink.objects.filter(pk=link.pk, remote_id=None).update(
+                remote_id=record.remote_id,
+                base_local=intent.sent_values,
+                pushed_version=intent.version,
+                state=LinkState.OPEN,
+                error="",
+                next_attempt_at=at,
+                updated_at=at,
+            )
+            PushIntent.objects.filter(pk=intent.pk).update(outcome=PushIntent.Outcome.OK, answered_at=at)
+            intents.remove(intent)
+        elif alike:
+            left_out.add(record.remote_id)
+            outcomes["skipped"] += 1
+    return [record for record in records if record.remote_id not in left_out]
+
+
+def _says(record: Record, sent: Mapping[str, Any]) -> bool:
+    """Whether a record says what was sent, in the fields that both name."""
+    both = record.values.keys() & sent.keys()
+    return bool(both) and all(same(record.values[name], sent[name]) for name in both)
+
+
 def _take_page(
     connection: Connection,
     provider: Provider,
     page: list[Record | Rejected],
     actor: Actor,
+    fetched: datetime,
     at: datetime,
     *,
     dry_run: bool,
@@ -155,8 +224,13 @@ def _take_page(
         if isinstance(record, Rejected):
             outcomes["refused"] += 1
             problems.append({"remote_id": "", "field": record.field, "reason": record.message})
+        elif not 0 < len(record.remote_id or "") <= REMOTE_ID_LENGTH:
+            outcomes["refused"] += 1
+            problems.append({"remote_id": "", "field": "", "reason": "The record has no id that can be kept."})
         else:
             records.append(record)
+    if not dry_run:
+        records = _without_our_own(connection, records, outcomes, at)
     known = dict(
         CustomerLink.objects.filter(
             connection=connection, remote_id__in=[record.remote_id for record in records]
@@ -170,13 +244,6 @@ def _take_page(
         outcomes["updated"] += sum(record.remote_id in known for record in alive) + len(deleted)
         outcomes["created"] += sum(record.remote_id not in known for record in alive)
         return outcomes, problems
-    if deleted:
-        runs.release(links=CustomerLink.objects.filter(pk__in=deleted), at=at)
-        moved = CustomerLink.objects.filter(pk__in=deleted, deleted_at=None).update(
-            deleted_at=at, state=LinkState.REMOTE_DELETED, next_attempt_at=None, updated_at=at
-        )
-        outcomes[UPDATED] += moved
-        outcomes[UNCHANGED] += len(deleted) - moved
     good = []
     for record in alive:
         if wrong := editing.problems(record.values, creating=record.remote_id not in known):
@@ -191,9 +258,18 @@ def _take_page(
         records=good,
         actor=actor,
         fields=provider.fields,
+        fetched=fetched,
         at=at,
     )
     outcomes.update(result.outcome for result in received)
+    # After the customers are locked, as everywhere: links come second.
+    if deleted:
+        runs.release(links=CustomerLink.objects.filter(pk__in=deleted), at=at)
+        moved = CustomerLink.objects.filter(pk__in=deleted, deleted_at=None).update(
+            deleted_at=at, state=LinkState.REMOTE_DELETED, next_attempt_at=None, updated_at=at
+        )
+        outcomes[UPDATED] += moved
+        outcomes[UNCHANGED] += len(deleted) - moved
     for result in received:
         for name, (base, ours, theirs) in (result.merge.conflicts if result.merge else {}).items():
             problems.append(

@@ -15,7 +15,7 @@ from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
-from django.db import transaction
+from django.db import DatabaseError, transaction
 from django.utils import timezone
 
 from connectors.exceptions import ConnectionUnusable, ConnectorError, OutcomeUnknown, Rejected, RetryLater
@@ -74,6 +74,10 @@ def push(
     try:
         while not stop() and (limit is None or part.totals.total() < limit):
             now = clock()
+            # Another worker may have been told to wait, or a person may have paused it.
+            connection.refresh_from_db(fields=["not_before", "state"])
+            if connection.state != Connection.State.ACTIVE:
+                break
             if (until is not None and now >= until) or (connection.not_before and connection.not_before > now):
                 break
             rows = CLAIM_ROWS if limit is None else min(CLAIM_ROWS, limit - part.totals.total())
@@ -126,6 +130,11 @@ def _prepare(
             except Rejected as error:
                 settled.append(Settled(link=link, outcome=REFUSED, error=error))
                 continue
+            except Exception as error:  # a fault in a provider's code parks this record and spares the others
+                logger.exception("the connector of %s failed", provider.slug)
+                fault = Rejected(f"The connector failed: {type(error).__name__}.", code="internal")
+                settled.append(Settled(link=link, outcome=REFUSED, error=fault))
+                continue
             if fresh is None:
                 settled.append(Settled(link=link, outcome=UNCHANGED))
             else:
@@ -138,9 +147,9 @@ def _prepare(
     for intent in new:
         intent.pk = made[intent.key]
     if run_ids := {link.run_id for link in links if link.run_id}:
-        SyncRun.objects.filter(pk__in=run_ids, state=SyncRun.State.QUEUED).update(
-            state=SyncRun.State.RUNNING, started_at=now
-        )
+        queued = SyncRun.objects.filter(pk__in=run_ids, state=SyncRun.State.QUEUED).order_by("pk")
+        queued = SyncRun.objects.filter(pk__in=[run.pk for run in queued.select_for_update()])
+        queued.update(state=SyncRun.State.RUNNING, started_at=now)
     return token, sendings, settled
 
 
@@ -155,7 +164,7 @@ def changed_values(link: CustomerLink, customer: Customer, fields: frozenset[str
     values = {name: getattr(customer, name) for name in sorted(fields)}
     if not link.remote_id:
         return values
-    return {n: v for n, v in values.items() if n not in link.base_local or not same(v, link.base_local[n])}
+    return {n: v for n, v in values.items() if not same(v, link.base_local.get(n))}
 
 
 def _intent(link: CustomerLink, provider: Provider, now: datetime) -> PushIntent | None:
@@ -230,7 +239,7 @@ def _send(
                 break
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             answered = [sending for future in done for sending in running.pop(future)]
-            settle(part, token=token, answered=answered)
+            _keep(part, token, answered)
             for sending in answered:
                 if isinstance(sending.answer, ConnectionUnusable):
                     unusable = sending.answer
@@ -239,9 +248,25 @@ def _send(
     unsent = [sending for batch in queue for sending in batch]
     for sending in unsent:
         sending.answer = NotSent("There was no time left to send it.")
-    settle(part, token=token, answered=unsent)
+    _keep(part, token, unsent)
     if unusable is not None:
         raise unusable
+
+
+def _keep(part: Slice, token: str, answered: Sequence[Sending]) -> None:
+    """Settle answers; one that cannot be kept does not take the others with it."""
+    try:
+        settle(part, token=token, answered=answered)
+        return
+    except Exception:
+        logger.exception("answers of %s could not be kept together", part.connection.pk)
+    for sending in answered:
+        try:
+            settle(part, token=token, answered=[sending])
+        except DatabaseError:
+            logger.exception("the answer for link %s could not be kept", sending.link.pk)
+            sending.answer = OutcomeUnknown("The answer could not be kept.", code="internal")
+            settle(part, token=token, answered=[sending])
 
 
 def _call(provider: Provider, session: Session, connection: Connection, batch: Sequence[Sending]) -> None:

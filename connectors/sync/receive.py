@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from django.db import IntegrityError, transaction
+from django.db import IntegrityError
 from django.utils import timezone
 
 from connectors.models import Connection, CustomerLink
 from connectors.provider import Record
 from connectors.states import LinkState
-from connectors.sync.merge import Merge, merge
+from connectors.sync import runs
+from connectors.sync.merge import Merge, merge, same
+from connectors.sync.races import start_over
 from customers import bulk, editing
 from customers.editing import Actor, UnknownCustomer
 from customers.ids import uuid7
 from customers.models import Customer, Organization
 
 CREATED, UPDATED, UNCHANGED = "created", "updated", "unchanged"
-# Two callers that create the same remote id at once: the loser starts over and finds the winner's record.
-TRIES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,7 @@ def receive(
     records: Sequence[Record],
     actor: Actor,
     fields: frozenset[str] | None = None,
+    fetched: datetime | None = None,
     at: datetime | None = None,
 ) -> list[Received]:
     """Take records in, all or none, and answer for each in order. The number of statements is constant.
@@ -55,14 +57,7 @@ def receive(
     Raises UnknownCustomer for an id that is not this organization's, InvalidCustomer for values no customer may have.
     """
     at = at or timezone.now()
-    for tried in range(1, TRIES + 1):
-        try:
-            with transaction.atomic():
-                return _receive(organization, connection, records, actor, fields, at)
-        except IntegrityError:
-            if tried == TRIES:
-                raise
-    raise AssertionError("unreachable")
+    return start_over(lambda: _receive(organization, connection, records, actor, fields, fetched, at))
 
 
 def _receive(
@@ -71,6 +66,7 @@ def _receive(
     records: Sequence[Record],
     actor: Actor,
     fields: frozenset[str] | None,
+    fetched: datetime | None,
     at: datetime,
 ) -> list[Received]:
     links = _links(organization, connection, records)
@@ -93,7 +89,12 @@ def _receive(
         folded[key] = record if earlier is None else _fold(earlier, record)
 
     new = {key: record for key, record in folded.items() if key not in links and not record.customer_id}
-    known = {key: record for key, record in folded.items() if key not in new}
+    stale = {
+        key: link
+        for key, link in links.items()
+        if fields is not None and fetched is not None and link.synced_at and link.synced_at >= fetched
+    }
+    known = {key: record for key, record in folded.items() if key not in new and key not in stale}
     created = editing.create(
         organization=organization, values=[record.values for record in new.values()], actor=actor, at=at
     )
@@ -116,7 +117,8 @@ def _receive(
         else:
             values = record.values
         edits[customer_id] = {**edits.get(customer_id, {}), **values}
-    revived = [link.customer_id for key, link in links.items() if link.deleted_at and not folded[key].deleted]
+    # A caller that sends a deleted customer again wants it back; a list that still shows it says nothing new.
+    revived = [link.customer_id for key, link in links.items() if link.deleted_at and fields is None]
     if revived:
         editing.restore(organization=organization, ids=revived, actor=actor, at=at)
         customers = editing.lock(organization=organization, ids=wanted)
@@ -131,11 +133,17 @@ def _receive(
         if link is not None:
             fresh_links.append(link)
         results[key] = Received(outcome=CREATED, customer=customer, link=link)
+    for key, link in stale.items():
+        results[key] = Received(outcome=UNCHANGED, customer=customers[link.customer_id], link=link)
+    settled: Counter[int] = Counter()
     for key, record in known.items():
         link = links.get(key)
         edit = edited[targets[key]]
-        if link is not None:
-            _take(link, record, edit.customer, merges.get(key), at)
+        if link is not None and connection is not None:
+            _take(link, record, edit.customer, merges.get(key), fields if connection.pushes else None, at)
+            if link.run_id and not link.is_dirty:
+                settled[link.run_id] += 1
+                link.run_id = None
         results[key] = Received(
             outcome=UPDATED if edit.changes or (link and link.customer_id in revived) else UNCHANGED,
             customer=edit.customer,
@@ -149,7 +157,11 @@ def _receive(
         made = dict(CustomerLink.objects.filter(uid__in=[link.uid for link in fresh_links]).values_list("uid", "pk"))
         for link in fresh_links:
             link.pk = made[link.uid]
-    bulk.update(list({link.pk: link for link in links.values()}.values()), TAKEN)
+    bulk.update(list({links[key].pk: links[key] for key in known if key in links}.values()), TAKEN)
+    for run_id, number in sorted(settled.items()):
+        runs.add(run_id=run_id, totals={UNCHANGED: number}, at=at)
+    if settled:
+        runs.close_done(run_ids=set(settled), at=at)
     for result in results.values():
         if result.link is not None and connection is not None:
             result.link.customer = result.customer
@@ -175,6 +187,7 @@ TAKEN = (
     "attempts",
     "synced_at",
     "deleted_at",
+    "run",
     "updated_at",
 )
 
@@ -247,26 +260,40 @@ def _new_link(customer: Customer, connection: Connection, record: Record, at: da
     )
 
 
-def _take(link: CustomerLink, record: Record, customer: Customer, merged: Merge | None, at: datetime) -> None:
-    """Move the link to what has just been received; it stays dirty only where the customer still differs."""
+def _take(
+    link: CustomerLink,
+    record: Record,
+    customer: Customer,
+    merged: Merge | None,
+    pushed_fields: frozenset[str] | None,
+    at: datetime,
+) -> None:
+    """Move the link to what has just been received. It stays dirty only where the hub sends to this system
+    (`pushed_fields`) and the customer still differs from what was last sent.
+    """
+    was_dirty, was_gone = link.is_dirty, link.deleted_at is not None or link.state == LinkState.REMOTE_DELETED
     link.customer_id = customer.pk
     link.remote_data = {**link.remote_data, **record.document}
+    behind = False
     if merged is None:
         link.base_local = {**link.base_local, **{name: getattr(customer, name) for name in record.values}}
         link.base_remote = {**link.base_remote, **_json(record.values)}
-        behind = False
     else:
         link.base_local, link.base_remote = merged.base_local, merged.base_remote
-        behind = any(getattr(customer, name) != value for name, value in merged.base_local.items())
+        if pushed_fields and (was_dirty or merged.take or merged.conflicts):
+            behind = any(not same(getattr(customer, name), link.base_local.get(name)) for name in pushed_fields)
     link.remote_revision = record.revision or link.remote_revision
     link.remote_created_at = record.created_at or link.remote_created_at
     link.sync_seq += 1
     link.synced_at = link.updated_at = at
-    link.deleted_at = at if record.deleted else None
-    if behind:
-        link.needed_version = customer.version
-        link.next_attempt_at = link.next_attempt_at or (at if link.state == LinkState.OPEN else None)
-    else:
+    link.deleted_at = None
+    if not behind:
         link.pushed_version = link.needed_version = customer.version
         link.next_attempt_at = None
         link.state, link.error, link.error_field, link.attempts = LinkState.OPEN, "", "", 0
+        return
+    link.needed_version = customer.version
+    if was_gone:
+        link.state, link.error, link.error_field, link.next_attempt_at = LinkState.OPEN, "", "", at
+    elif link.state == LinkState.OPEN:
+        link.next_attempt_at = link.next_attempt_at or at

@@ -13,6 +13,7 @@ from django.utils import timezone
 from connectors.models import Connection, CustomerLink, SyncRun
 from connectors.states import LinkState
 from connectors.sync import runs
+from connectors.sync.races import start_over
 from customers import bulk
 from customers.editing import Actor
 from customers.ids import uuid7
@@ -37,7 +38,7 @@ def request(
 
     Links that are missing are made. Links that are in sync are counted as unchanged at once; the others become due,
     also those that were rejected. The run ends when each has an outcome. Uncertain and conflicting links are left to
-    their rules and count as uncertain.
+    their rules and count as uncertain; what was deleted there is not made again and counts as refused.
     """
     now = now or timezone.now()
     customers = Customer.objects.filter(organization_id=connection.organization_id, archived_at=None, merged_into=None)
@@ -51,9 +52,13 @@ def request(
     links = CustomerLink.objects.filter(
         connection=connection, customer__in=customers, is_duplicate=False, deleted_at=None
     )
+    tombstones = CustomerLink.objects.filter(
+        connection=connection, customer__in=customers, is_duplicate=False, deleted_at__isnull=False
+    )
     waits = Q(state__in=WAITING)
     dirty = Q(pushed_version__lt=F("needed_version"))
-    with transaction.atomic():
+
+    def ask() -> tuple[SyncRun, int]:
         run = runs.start(
             organization=connection.organization,
             connection=connection,
@@ -71,9 +76,17 @@ def request(
         )
         waiting = links.filter(dirty & waits).count()
         clean = links.exclude(dirty).count()
-        run.planned = asked + waiting + clean
-        run.unchanged, run.uncertain = clean, waiting
-        run.save(update_fields=["planned", "unchanged", "uncertain"])
+        gone = list(tombstones.values_list("customer", flat=True)[: runs.PROBLEMS_KEPT])
+        run.unchanged, run.uncertain, run.refused = clean, waiting, tombstones.count() if gone else 0
+        run.planned = asked + run.total
+        run.problems = [
+            {"customer": str(pk), "state": "refused", "field": "", "reason": f"Deleted in {connection.name}."}
+            for pk in gone
+        ]
+        run.save(update_fields=["planned", "unchanged", "uncertain", "refused", "problems"])
+        return run, asked
+
+    run, asked = start_over(ask)
     if not asked:
         runs.finish(run=run, at=now)
     return run

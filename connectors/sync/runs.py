@@ -83,14 +83,14 @@ def release(*, links: QuerySet[CustomerLink], at: datetime) -> None:
     if not numbers:
         return
     links.exclude(run=None).update(run=None)
-    for run_id, number in numbers.items():
+    for run_id, number in sorted(numbers.items()):
         add(run_id=run_id, totals={"skipped": number}, at=at)
     close_done(run_ids=set(numbers), at=at)
 
 
 def close_done(*, run_ids: set[int], at: datetime) -> None:
     """End those of these runs whose totals have reached what was planned."""
-    rows = SyncRun.objects.filter(pk__in=run_ids, finished_at=None, kind=SyncRun.Kind.PUSH)
+    rows = SyncRun.objects.filter(pk__in=run_ids, finished_at=None, kind=SyncRun.Kind.PUSH).order_by("pk")
     for run in rows:
         if run.total >= run.planned:
             finish(run=run, at=at)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -25,7 +25,8 @@ CREATED, UPDATED, UNCHANGED = "created", "updated", "unchanged"
 REFUSED, RETRYING, UNCERTAIN, SKIPPED = "refused", "retrying", "uncertain", "skipped"
 
 RETRY_BASE, RETRY_CAP = 2.0, 900.0
-LONGEST_WAIT = 24 * 3600.0
+SHORTEST_WAIT, LONGEST_WAIT = 1.0, 24 * 3600.0
+REMOTE_ID_LENGTH = 255
 
 
 class NotSent(RetryLater):
@@ -93,11 +94,21 @@ INTENT_COLUMNS = ("outcome", "answered_at", "status", "error", "remote_request_i
 
 @transaction.atomic
 def settle(part: Slice, *, token: str, settled: Sequence[Settled] = (), answered: Sequence[Sending] = ()) -> None:
-    """Write outcomes in a constant number of statements. A link that the token no longer holds is left alone: the
-    fence. Its intent still tells what was answered.
+    """Write outcomes, all or none, in a constant number of statements. A link that the token no longer holds is left
+    alone: the fence. Its intent still tells what was answered.
     """
     if not settled and not answered:
         return
+    own, totals = part.own, part.totals.copy()
+    try:
+        with transaction.atomic():
+            _settle(part, token, settled, answered)
+    except BaseException:
+        part.own, part.totals = own, totals
+        raise
+
+
+def _settle(part: Slice, token: str, settled: Sequence[Settled], answered: Sequence[Sending]) -> None:
     now = part.clock()
     ours = held(token=token, links=[s.link for s in settled] + [s.link for s in answered])
     taken = _taken(part.connection, answered)
@@ -107,7 +118,7 @@ def settle(part: Slice, *, token: str, settled: Sequence[Settled] = (), answered
             _without_call(link, one, now)
             outcomes[link.pk] = (one.outcome, one.error)
     for sending in answered:
-        answer = sending.answer or OutcomeUnknown("No answer came.")
+        answer = _usable(sending)
         if isinstance(answer, Record) and taken.get(answer.remote_id, sending.link.pk) != sending.link.pk:
             answer = Rejected(
                 f"The system answered with record {answer.remote_id}, which is linked to another customer.",
@@ -128,9 +139,26 @@ def settle(part: Slice, *, token: str, settled: Sequence[Settled] = (), answered
     _judge_connection(part.connection, [sending.answer for sending in answered], now)
 
 
+def _usable(sending: Sending) -> Record | ConnectorError:
+    """The answer, unless it is one that nothing can be kept of."""
+    answer = sending.answer or OutcomeUnknown("No answer came.")
+    if not isinstance(answer, Record):
+        return answer
+    remote_id = answer.remote_id or sending.link.remote_id or ""
+    if not 0 < len(remote_id) <= REMOTE_ID_LENGTH:
+        return OutcomeUnknown("The system answered without an id that can be kept.")
+    dated = answer.created_at is not None and 1900 <= answer.created_at.year <= 9000
+    return replace(
+        answer,
+        remote_id=remote_id,
+        revision=answer.revision[:REMOTE_ID_LENGTH],
+        created_at=answer.created_at if dated else None,
+    )
+
+
 def _taken(connection: Connection, answered: Sequence[Sending]) -> dict[str | None, int]:
     """Remote ids in these answers that already belong to a link, with that link. Twice in one batch counts too."""
-    ids = {s.answer.remote_id: s.link.pk for s in reversed(answered) if isinstance(s.answer, Record) and s.creates}
+    ids = {s.answer.remote_id: s.link.pk for s in reversed(answered) if isinstance(s.answer, Record)}
     if not ids:
         return {}
     rows = CustomerLink.objects.filter(connection=connection, remote_id__in=ids)
@@ -201,19 +229,24 @@ def _failed(link: CustomerLink, sending: Sending, error: ConnectorError, part: S
         if sending.creates and not part.capabilities.upsert_external_id:
             link.state, link.next_attempt_at = LinkState.UNCERTAIN, None
             return UNCERTAIN
-        # A create that carries our id may be repeated at once; a newer update waits until the lost one must be dead.
-        link.state = LinkState.RETRYING
-        link.next_attempt_at = now + timedelta(seconds=RETRY_BASE) if sending.creates else sending.intent.hold_until
-        return RETRYING
+        if not sending.creates:
+            # A newer update waits until the lost one must be dead.
+            link.state, link.next_attempt_at = LinkState.RETRYING, sending.intent.hold_until
+            return RETRYING
+        # A create that carries our id may be repeated: it is tried again like any other.
     link.state = LinkState.RETRYING
     if isinstance(error, RetryLater) and error.retry_after is not None:
         # The whole account is asked to wait: not an attempt of this record.
-        link.next_attempt_at = now + timedelta(seconds=min(error.retry_after, LONGEST_WAIT))
+        link.next_attempt_at = now + _wait(error.retry_after)
     else:
         link.attempts += 1
         ceiling = min(RETRY_CAP, RETRY_BASE * 2 ** min(link.attempts, 16))
         link.next_attempt_at = now + timedelta(seconds=part.rng.uniform(0, ceiling))
     return RETRYING
+
+
+def _wait(seconds: float) -> timedelta:
+    return timedelta(seconds=min(max(seconds, SHORTEST_WAIT), LONGEST_WAIT))
 
 
 def _count(
@@ -246,7 +279,7 @@ def _count(
                 {"customer": str(link.customer_id), "state": outcome, "field": error.field, "reason": error.message}
             )
         link.run_id = None
-    for run_id, (counter, problems) in by_run.items():
+    for run_id, (counter, problems) in sorted(by_run.items()):
         runs.add(run_id=run_id, totals=counter, problems=problems, at=now)
     runs.close_done(run_ids={pk for pk in by_run if part.own is None or pk != part.own.pk}, at=now)
 
@@ -256,7 +289,7 @@ def _judge_connection(connection: Connection, answers: Sequence[Record | Connect
     changes: dict[str, Any] = {}
     waits = [a.retry_after for a in answers if isinstance(a, RetryLater) and a.retry_after is not None]
     if waits:
-        changes["not_before"] = now + timedelta(seconds=min(max(waits), LONGEST_WAIT))
+        changes["not_before"] = now + _wait(max(waits))
     for answer in answers:
         if isinstance(answer, ConnectionUnusable):
             changes |= {"state": Connection.State.NEEDS_REAUTH, "state_reason": answer.message[:500]}

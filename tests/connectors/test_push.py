@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 from random import Random
 from typing import Any
 
+import httpx2
 import pytest
 from django.db import connection as database
 from django.test.utils import CaptureQueriesContext
@@ -364,3 +365,51 @@ def test_statements_do_not_grow_with_the_number_of_links(
         counts.append((len(asking), len(editing_)))
         send()
     assert counts[0] == counts[1]
+
+
+def test_an_answer_that_cannot_be_kept_does_not_take_its_neighbours_along(
+    books: Connection, organization: Organization, system: FakeLinks, clock: Clock, send: Callable[..., Counter[str]]
+) -> None:
+    add(organization, 30)
+    request(connection=books, actor=ACTOR, now=clock())
+    system.fail(lambda _: httpx2.Response(201, json={"data": {"id": "x" * 300, "name": "A", "email": "a@example.com"}}))
+    assert send() == {"created": 29, "uncertain": 1}
+    assert CustomerLink.objects.exclude(remote_id=None).count() == 29
+
+
+def test_an_answer_without_an_id_makes_no_second_create(
+    books: Connection, customer: Customer, system: FakeLinks, clock: Clock, send: Callable[..., Counter[str]]
+) -> None:
+    request(connection=books, actor=ACTOR, now=clock())
+    system.fail(lambda _: httpx2.Response(201, json={"data": {"id": "", "name": "A", "email": "a@example.com"}}))
+    assert send() == {"uncertain": 1}
+    edit(customer, phone="+4930123456")
+    clock.pass_(days=1)
+    assert send() == {}
+    assert len(system.writes) == 1
+
+
+def test_a_pause_is_obeyed_in_the_middle_of_a_slice(
+    books: Connection,
+    organization: Organization,
+    system: FakeLinks,
+    clock: Clock,
+    send: Callable[..., Counter[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("connectors.sync.push.CLAIM_ROWS", 5)
+    add(organization, 20)
+    request(connection=books, actor=ACTOR, now=clock())
+    paused = send(progress=lambda _: Connection.objects.update(state=Connection.State.PAUSED))
+    assert paused == {"created": 5}
+
+
+def test_what_was_deleted_there_is_not_made_again_and_counts_as_refused(
+    books: Connection, customer: Customer, system: FakeLinks, clock: Clock, send: Callable[..., Counter[str]]
+) -> None:
+    request(connection=books, actor=ACTOR, now=clock())
+    send()
+    CustomerLink.objects.update(deleted_at=clock())
+    run = request(connection=books, actor=ACTOR, now=clock())
+    assert (run.state, run.planned, run.refused) == (SyncRun.State.FAILED, 1, 1)
+    assert send() == {}

@@ -18,6 +18,7 @@ from rest_framework.exceptions import NotFound
 from rest_framework.request import Request
 from rest_framework.response import Response
 
+from connectors.inbound import fields
 from connectors.inbound.authentication import BearerKey
 from connectors.inbound.errors import Fault, dotted
 from connectors.inbound.mirror import Mirror
@@ -69,7 +70,7 @@ class ApiKeyHeader(BearerKey):
 
 
 class Batch(serializers.Serializer[Any]):
-    company_id = serializers.IntegerField(min_value=0, max_value=MAX_ID)
+    company_id = fields.Whole(min_value=0, max_value=MAX_ID)
     data = serializers.ListField(  # type: ignore[assignment] # hides Serializer.data, which reading never uses
         max_length=MAX_BATCH,
         error_messages={"max_length": f"Send at most {MAX_BATCH} records in one call."},
@@ -78,9 +79,9 @@ class Batch(serializers.Serializer[Any]):
 
 
 class SyncOrder(serializers.Serializer[Any]):
-    company_id = serializers.IntegerField(min_value=0, max_value=MAX_ID)
+    company_id = fields.Whole(min_value=0, max_value=MAX_ID)
     integration_type = serializers.RegexField(IDENTIFIER)
-    full_sync = serializers.BooleanField()
+    full_sync = fields.Flag()
     data_models_to_sync = serializers.ListField(child=serializers.RegexField(IDENTIFIER), max_length=50)
 
 

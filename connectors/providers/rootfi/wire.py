@@ -65,7 +65,7 @@ class Text(fields.Text):
 
 
 class Address(serializers.Serializer[Any]):
-    rootfi_id = serializers.IntegerField(required=False, allow_null=True, min_value=0, max_value=MAX_ID)
+    rootfi_id = fields.Whole(required=False, allow_null=True, min_value=0, max_value=MAX_ID)
     platform_id = Text(max_length=255)
     street = Text()
     locality = Text()
