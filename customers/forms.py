@@ -32,6 +32,18 @@ def shown(value: Any) -> str:
     return f"‹{json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else value}›"
 
 
+class JSONText(forms.JSONField):
+    """Shows a lone surrogate, which a refused input may hold, as the escape it was typed as: no page can hold it."""
+
+    def prepare_value(self, value: Any) -> Any:
+        text = super().prepare_value(value)
+        try:
+            str(text).encode()
+        except UnicodeEncodeError:
+            return json.dumps(value)
+        return text
+
+
 class CustomerForm(ModelForm):
     """Edits one customer. `seen_version` is the version that the page showed.
 
@@ -52,6 +64,7 @@ class CustomerForm(ModelForm):
         model = Customer
         fields = ("organization", *editing.EDITABLE)
         widgets = {"email": EmailInput}
+        field_classes = {"custom_fields": JSONText}
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -280,7 +280,7 @@ def _take(
         link.base_remote = {**link.base_remote, **_json(record.values)}
     else:
         link.base_local, link.base_remote = merged.base_local, merged.base_remote
-        if pushed_fields and (was_dirty or merged.take or merged.conflicts):
+        if pushed_fields and (was_dirty or was_gone or merged.take or merged.conflicts):
             behind = any(not same(getattr(customer, name), link.base_local.get(name)) for name in pushed_fields)
     link.remote_revision = record.revision or link.remote_revision
     link.remote_created_at = record.created_at or link.remote_created_at

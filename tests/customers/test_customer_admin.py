@@ -260,3 +260,19 @@ def test_people_and_groups_have_their_pages(admin_client: Client, admin_user: Us
         f"/admin/auth/user/{admin_user.pk}/password/", "/admin/auth/group/", "/admin/auth/group/add/",
     ):  # fmt: skip
         assert admin_client.get(path).status_code == 200
+
+
+@pytest.mark.parametrize("text", ['{"a": "\\ud800"}', '{"a": "\\u0000"}', '{"a": 1e400}', '{"a": 12345678901234567890123}'])
+def test_custom_fields_that_no_database_can_hold_are_refused_on_their_field(
+    organization: Organization, text: str
+) -> None:
+    User.objects.create_superuser("alex", password="secret")
+    browser = Client()
+    browser.login(username="alex", password="secret")
+    answer = browser.post(
+        reverse("admin:customers_customer_add"),
+        {"organization": organization.pk, "name": "A", "is_active": "on", "custom_fields": text},
+    )
+    assert answer.status_code == 200
+    assert "custom_fields" in answer.context["adminform"].form.errors
+    assert not Customer.objects.exists()

@@ -123,6 +123,10 @@ exit codes: 0 stopped by the user    1 the server ended by itself    2 wrong use
             check_port(options["host"], options["port"])
         url = url_of(options["host"], options["port"])
         call_command("migrate", interactive=False, verbosity=0)
+        # For commands in another terminal, which push to this hub's own address, too.
+        kept = settings.DATA_DIR / "hub.env"
+        if not kept.exists():
+            kept.write_text("".join(f"{name}={value}\n" for name, value in reachable(url).items()))
         demo = set_up(url, settings.DATA_DIR / "quickstart.json")
 
         def tell() -> None:
