@@ -262,16 +262,16 @@ def test_people_and_groups_have_their_pages(admin_client: Client, admin_user: Us
         assert admin_client.get(path).status_code == 200
 
 
-@pytest.mark.parametrize("text", ['{"a": "\\ud800"}', '{"a": "\\u0000"}', '{"a": 1e400}', '{"a": 12345678901234567890123}'])
+@pytest.mark.parametrize("value", [r'"\ud800"', r'"\u0000"', "1e400", "12345678901234567890123"])
 def test_custom_fields_that_no_database_can_hold_are_refused_on_their_field(
-    organization: Organization, text: str
+    organization: Organization, value: str
 ) -> None:
     User.objects.create_superuser("alex", password="secret")
     browser = Client()
     browser.login(username="alex", password="secret")
     answer = browser.post(
         reverse("admin:customers_customer_add"),
-        {"organization": organization.pk, "name": "A", "is_active": "on", "custom_fields": text},
+        {"organization": organization.pk, "name": "A", "is_active": "on", "custom_fields": f'{{"a": {value}}}'},
     )
     assert answer.status_code == 200
     assert "custom_fields" in answer.context["adminform"].form.errors

@@ -257,7 +257,6 @@ def _keep(notes: Path, values: Mapping[str, str]) -> None:
 
 def shown(demo: Demo, url: str, *, serving: bool) -> str:
     python = os.path.relpath(sys.executable)
-    reach = f"ALLOWED_PRIVATE_NETWORKS={reachable(url)['ALLOWED_PRIVATE_NETWORKS']}"
     start = f"{python} manage.py quickstart starts it."
     return f"""\
 The hub is {"running" if serving else "set up; it will run"} at {url}/
@@ -274,7 +273,7 @@ One call in each format, as documented; paste them into another terminal:
 Where to look:
   In the admin, edit a customer of Demo and save. Within seconds it is the same in Partner, once for each of the
   four systems that Demo sends to. One customer waits for you: Links needs its e-mail address.
-  On the command line, these two variables lead to this hub and let it reach itself:
-  HUB_DATA={settings.DATA_DIR} {reach} {python} manage.py sync_customers commenda --organization demo
+  On the command line, HUB_DATA leads to this hub:
+  HUB_DATA={settings.DATA_DIR} {python} manage.py sync_customers commenda --organization demo
 
 {"Ctrl-C stops the hub. The same command starts it again with everything in it." if serving else start}"""
