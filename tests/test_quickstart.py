@@ -34,7 +34,7 @@ def environment(**extra: str) -> dict[str, str]:
     return {**kept, "PYTHONUNBUFFERED": "1", **extra}
 
 
-def until(check: Callable[[], Any], *, seconds: float = 20.0) -> Any:
+def until(check: Callable[[], Any], *, seconds: float = 60.0) -> Any:
     """What `check` returns once it is true."""
     last = time.monotonic() + seconds
     while not (found := check()):
