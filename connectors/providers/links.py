@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from urllib.parse import quote
 from uuid import UUID
 
-from django.db.models import Prefetch, QuerySet
+from django.db.models import Prefetch, QuerySet, prefetch_related_objects
 from django.templatetags.static import static
 from django.urls import re_path
 from rest_framework import serializers
@@ -101,6 +101,11 @@ class Wire(serializers.Serializer[Any]):
 WIRE = Wire()
 
 
+def leading_links() -> Prefetch[Any]:
+    links = CustomerLink.objects.filter(is_primary=True).select_related("connection")
+    return Prefetch("links", queryset=links, to_attr="leading_links")
+
+
 class ListQuery(serializers.Serializer[Any]):
     page = serializers.IntegerField(default=1, min_value=1, max_value=10_000_000)
     limit = serializers.IntegerField(default=10, min_value=1, max_value=100)
@@ -116,10 +121,7 @@ class UnifiedCustomers(Mirror):
         return {"message": fault.message, "errors": errors}
 
     def customers(self) -> QuerySet[Customer]:
-        leading = CustomerLink.objects.filter(is_primary=True).select_related("connection")
-        return Customer.objects.filter(organization=self.organization).prefetch_related(
-            Prefetch("links", queryset=leading, to_attr="leading_links")
-        )
+        return Customer.objects.filter(organization=self.organization).prefetch_related(leading_links())
 
     def shown(self, customer: Customer) -> dict[str, Any]:
         leading = getattr(customer, "leading_links", [])
@@ -144,6 +146,8 @@ class UnifiedCustomers(Mirror):
             records=[Record(values=values)],
             actor=self.actor,
         )
+        # Systems that new customers are sent to at once have their links by now.
+        prefetch_related_objects([received.customer], leading_links())
         return Response({"data": self.shown(received.customer)}, status=201)
 
     def update(self, request: Request, unified_customer_id: str) -> Response:

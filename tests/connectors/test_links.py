@@ -111,6 +111,15 @@ def test_the_source_is_the_leading_link(
     logo.close()
 
 
+def test_a_create_answers_what_a_read_answers_next(
+    call: Callable[..., Any], connect: Callable[..., Connection]
+) -> None:
+    connect("links", direction=Connection.Direction.PUSH, create_policy=Connection.CreatePolicy.AUTOMATIC)
+    data = call("POST", ONE, example("create.request")).json()["data"]
+    assert (data["source_system"], data["local_was_updated"]) == ("links", True)
+    assert call("GET", f"{ONE}/{data['id']}").json()["data"] == data
+
+
 def test_the_list_has_pages_and_totals(call: Callable[..., Any], organization: Organization) -> None:
     values = [{"name": f"Example {n}", "email": f"{n}@example.com"} for n in range(25)]
     editing.create(organization=organization, values=values, actor=ACTOR)

@@ -51,7 +51,7 @@ def count(api: Client, api_key: str, connect: Callable[..., Connection]) -> Call
 @pytest.mark.parametrize(
     ("method", "path", "body", "most"),
     [
-        ("POST", "/api/v1/unified/customer", LINKS, 6),
+        ("POST", "/api/v1/unified/customer", LINKS, 7),
         ("PUT", "/api/v1/unified/customer/{customer}", LINKS, 11),
         ("GET", "/api/v1/unified/customer/{customer}", None, 3),
         ("GET", "/api/v1/unified/customers", None, 4),
