@@ -21,6 +21,9 @@ from customers.ids import public_id, uuid7
 from customers.models import Customer, CustomerChange, Organization
 
 
+REMOTE_ID_LENGTH = 255
+
+
 class Connection(models.Model):
     """One account at one system."""
 
@@ -267,7 +270,7 @@ class CustomerLink(models.Model):
     uid = models.UUIDField(default=uuid7, unique=True, editable=False)
     customer = models.ForeignKey(Customer, on_delete=models.PROTECT, related_name="links")
     connection = models.ForeignKey(Connection, on_delete=models.PROTECT, related_name="links", db_index=False)
-    remote_id = models.CharField(max_length=255, null=True, blank=True)  # noqa: DJ001 # NULL until known; "" would collide
+    remote_id = models.CharField(max_length=REMOTE_ID_LENGTH, null=True, blank=True)  # noqa: DJ001 # NULL until known; "" would collide
     remote_data = models.JSONField(default=dict, blank=True, help_text="The document last seen, as it came.")
     base_local = models.JSONField(default=dict, help_text="The mapped fields as sent.")
     base_remote = models.JSONField(default=dict, help_text="The mapped fields as the system stored them.")

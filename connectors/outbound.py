@@ -1,7 +1,7 @@
 """The only way out over HTTP.
 
-`Session.request` sends one request once and either returns an `Answer` (any status but a redirect) or
-raises one of `connectors.exceptions`; `raise_for_answer` turns an `Answer` into the same tree.
+`Session.send` sends one request once and either returns an `Answer` (any status but a redirect) or raises one of
+`connectors.exceptions`; `Session.request` also raises, by `raise_for_answer`, what a status other than 2xx means.
 
 The address guard sits where the socket is opened: the host is resolved once, every address is judged,
 and the connection goes to a judged address, so a name that resolves differently a moment later gains

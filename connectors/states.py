@@ -27,6 +27,10 @@ PARKED = (
 )
 
 
+# What a person or a rule has to settle first. A rejected link is not among them: a change of the customer releases it.
+WAITING = tuple(state for state in PARKED if state != LinkState.REJECTED)
+
+
 @dataclass(frozen=True)
 class Status:
     """How a link is shown. `turn` is "nobody", "you" or "connection owner"; `tone` colours beside icon and word."""

@@ -11,7 +11,7 @@ from django.db.models import Case, F, OuterRef, Q, Subquery, Value, When
 from django.utils import timezone
 
 from connectors.models import Connection, CustomerLink
-from connectors.states import LinkState
+from connectors.states import WAITING, LinkState
 from customers import bulk
 from customers.editing import Actor, Changed
 from customers.ids import uuid7
@@ -42,7 +42,6 @@ def mark_dirty(
         concerned |= Q(connection__provider__in=providers, customer_id__in=ids)
     if groups:
         version = Customer.objects.filter(pk=OuterRef("customer_id")).values("version")
-        keeps_waiting = (LinkState.UNCERTAIN, LinkState.CONFLICT, LinkState.REMOTE_DELETED, LinkState.PAUSED)
         rows = CustomerLink.objects.filter(
             concerned, connection__direction__in=Connection.PUSHING, is_duplicate=False, deleted_at=None
         )
@@ -52,10 +51,10 @@ def mark_dirty(
         CustomerLink.objects.filter(pk__in=locked).update(
             needed_version=Subquery(version),
             next_attempt_at=Case(
-                When(state__in=keeps_waiting, then=F("next_attempt_at")),
+                When(state__in=WAITING, then=F("next_attempt_at")),
                 default=Value(now + timedelta(seconds=settings.PUSH_DEBOUNCE_SECONDS)),
             ),
-            state=Case(When(state__in=keeps_waiting, then=F("state")), default=Value(LinkState.OPEN.value)),
+            state=Case(When(state__in=WAITING, then=F("state")), default=Value(LinkState.OPEN.value)),
             attempts=0,
             updated_at=now,
         )

@@ -14,7 +14,7 @@ from django.utils import timezone
 from django.utils.dateparse import parse_datetime
 
 from connectors.exceptions import ConnectionUnusable, ConnectorError, Rejected
-from connectors.models import Connection, CustomerLink, PushIntent, SyncRun
+from connectors.models import REMOTE_ID_LENGTH, Connection, CustomerLink, PushIntent, SyncRun
 from connectors.outbound import Session
 from connectors.provider import Provider, Record
 from connectors.states import LinkState
@@ -29,7 +29,6 @@ from customers.models import CustomerChange
 OVERLAP = timedelta(minutes=5)
 LEASE = timedelta(minutes=5)
 PAGE_ROWS = 100
-REMOTE_ID_LENGTH = 255
 
 
 class AlreadyRunning(Exception):
@@ -162,9 +161,9 @@ def _without_our_own(
     Such a record is taken for its link when it carries the link's marker, or when it alone says what was sent;
     otherwise it is left for the next pull, because a second golden record could not be taken back.
     """
-    ids = {record.remote_id: record for record in records}
-    linked = CustomerLink.objects.filter(connection=connection, remote_id__in=ids).values_list("remote_id", flat=True)
-    unknown = [record for record in records if record.remote_id not in set(linked)]
+    rows = CustomerLink.objects.filter(connection=connection, remote_id__in=[record.remote_id for record in records])
+    linked = set(rows.values_list("remote_id", flat=True))
+    unknown = [record for record in records if record.remote_id not in linked]
     if not unknown:
         return records
     waiting = (PushIntent.Outcome.OPEN, PushIntent.Outcome.UNCERTAIN)
@@ -177,8 +176,9 @@ def _without_our_own(
         return records
     left_out = set()
     for record in unknown:
-        texts = {value for value in record.document.values() if isinstance(value, str)}
-        marked = [i for i in intents if texts & {str(i.link.uid), i.link.uid.hex, f"{i.link.uid.hex}_1"}]
+        # A marker is the link's uid, in whichever form and place the format has room for.
+        text = " ".join(value for value in record.document.values() if isinstance(value, str))
+        marked = [i for i in intents if str(i.link.uid) in text or i.link.uid.hex in text]
         alike = marked or [i for i in intents if _says(record, i.sent_values)]
         twins = [other for other in unknown if alike and _says(other, alike[0].sent_values)]
         if len(alike) == 1 and (marked or len(twins) == 1):

@@ -11,7 +11,7 @@ from django.db.models import Exists, F, OuterRef, Q, QuerySet
 from django.utils import timezone
 
 from connectors.models import Connection, CustomerLink, SyncRun
-from connectors.states import LinkState
+from connectors.states import WAITING, LinkState
 from connectors.sync import runs
 from connectors.sync.races import start_over
 from customers import bulk
@@ -21,8 +21,6 @@ from customers.models import Customer
 
 # New links are made in pieces, so that linking a million customers holds no million objects.
 LINK_ROWS = 2000
-# What a person or a rule has to settle first is not sent because somebody asked again.
-WAITING = (LinkState.UNCERTAIN, LinkState.CONFLICT, LinkState.REMOTE_DELETED, LinkState.PAUSED)
 
 
 def request(

@@ -12,7 +12,7 @@ from typing import Any
 from django.db import transaction
 
 from connectors.exceptions import ConnectionUnusable, ConnectorError, Gone, OutcomeUnknown, Rejected, RetryLater
-from connectors.models import Connection, CustomerLink, PushIntent, SyncRun
+from connectors.models import REMOTE_ID_LENGTH, Connection, CustomerLink, PushIntent, SyncRun
 from connectors.provider import Capabilities, Outgoing, Record
 from connectors.states import LinkState
 from connectors.sync import runs
@@ -26,7 +26,6 @@ REFUSED, RETRYING, UNCERTAIN, SKIPPED = "refused", "retrying", "uncertain", "ski
 
 RETRY_BASE, RETRY_CAP = 2.0, 900.0
 SHORTEST_WAIT, LONGEST_WAIT = 1.0, 24 * 3600.0
-REMOTE_ID_LENGTH = 255
 
 
 class NotSent(RetryLater):
@@ -92,7 +91,6 @@ LINK_COLUMNS = (
 INTENT_COLUMNS = ("outcome", "answered_at", "status", "error", "remote_request_id", "hold_until")
 
 
-@transaction.atomic
 def settle(part: Slice, *, token: str, settled: Sequence[Settled] = (), answered: Sequence[Sending] = ()) -> None:
     """Write outcomes, all or none, in a constant number of statements. A link that the token no longer holds is left
     alone: the fence. Its intent still tells what was answered.
