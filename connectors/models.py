@@ -20,7 +20,6 @@ from connectors.states import PARKED, STATUSES, LinkState, Status
 from customers.ids import public_id, uuid7
 from customers.models import Customer, CustomerChange, Organization
 
-
 REMOTE_ID_LENGTH = 255
 
 

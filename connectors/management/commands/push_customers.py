@@ -28,10 +28,10 @@ from connectors.models import Connection, CustomerLink, SyncRun
 from connectors.outbound import Session
 from connectors.provider import Provider
 from connectors.providers import PROVIDERS
-from connectors.states import LinkState
+from connectors.states import WAITING, LinkState
 from connectors.sync.push import changed_values
 from connectors.sync.push import push as push_due
-from connectors.sync.request import WAITING, request
+from connectors.sync.request import request
 from customers.ids import uuid7
 from customers.models import Customer
 
