@@ -17,8 +17,8 @@ from django.conf import settings
 from django.db import connection
 from django.test import Client
 
+from connectors.guard import close_shared_client
 from connectors.models import ApiKey, Connection
-from connectors.outbound import close_shared_client
 from customers.models import Organization
 
 

@@ -12,8 +12,8 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 
+from connectors.guard import close_shared_client
 from connectors.models import ApiKey, Connection
-from connectors.outbound import close_shared_client
 from customers import editing
 from customers.editing import Actor
 from customers.models import Customer, Organization

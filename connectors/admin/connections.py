@@ -17,8 +17,8 @@ from django.utils import timezone
 
 from connectors.admin.badges import connection_badge, counts_by_status, run_badge, summary
 from connectors.exceptions import ConnectionUnusable, ConnectorError, Gone, Rejected
+from connectors.guard import check_url
 from connectors.models import Connection, CustomerLink
-from connectors.outbound import check_url
 from connectors.provider import Provider
 from connectors.providers import PROVIDERS
 from connectors.sealing import UnsealError

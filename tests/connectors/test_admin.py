@@ -20,8 +20,8 @@ from django.urls import reverse
 from django.utils import timezone
 
 from connectors.admin.badges import status_column
+from connectors.guard import close_shared_client
 from connectors.models import ApiKey, Connection, CustomerLink, PushIntent, SyncRun
-from connectors.outbound import close_shared_client
 from connectors.providers import PROVIDERS
 from connectors.states import LinkState
 from connectors.sync.push import push

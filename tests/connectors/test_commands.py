@@ -20,10 +20,10 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from connectors.guard import close_shared_client
 from connectors.management import cli
 from connectors.management.commands import serve as serving
 from connectors.models import ApiKey, Connection, CustomerLink, PushIntent, SyncRun
-from connectors.outbound import close_shared_client
 from connectors.sync.request import request
 from customers import editing
 from customers.editing import Actor

@@ -1,4 +1,4 @@
-"""What `connectors.outbound` promises, shown against real sockets that misbehave."""
+"""What `connectors.outbound` and `connectors.guard` promise, shown against real sockets that misbehave."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from connectors import outbound
+from connectors import guard
 from connectors.exceptions import (
     ConnectionUnusable,
     ConnectorError,
@@ -31,7 +31,8 @@ from connectors.exceptions import (
     Rejected,
     RetryLater,
 )
-from connectors.outbound import Answer, Session, check_url, raise_for_answer, redact
+from connectors.guard import check_url
+from connectors.outbound import Answer, Session, raise_for_answer, redact
 from connectors.sealing import Secret
 
 
@@ -41,7 +42,7 @@ def strict(settings):
     settings.ALLOW_HTTP_TARGETS = False
     settings.ALLOWED_TARGET_PORTS = [443, 8443]
     yield
-    outbound.close_shared_client()
+    guard.close_shared_client()
 
 
 @pytest.fixture
@@ -93,7 +94,7 @@ def serve(behave, tls=None):
     try:
         yield f"{'https' if tls else 'http'}://127.0.0.1:{listener.getsockname()[1]}"
     finally:
-        outbound.close_shared_client()  # ends the handlers that wait for another request
+        guard.close_shared_client()  # ends the handlers that wait for another request
         with contextlib.suppress(OSError):
             listener.shutdown(socket.SHUT_RDWR)
         listener.close()
@@ -395,12 +396,12 @@ def test_tls_verifies_the_name_although_the_connection_goes_to_an_address(monkey
     with serve(says(answer_bytes(b"[1]")), tls) as base:
         with pytest.raises(ConnectionUnusable, match="certificate"):
             Session(base_url=base.replace("127.0.0.1", "api.example")).send("POST", "x")
-        outbound.close_shared_client()
+        guard.close_shared_client()
         monkeypatch.setattr(httpx2, "create_ssl_context", lambda **_: trusting)
         assert Session(base_url=base.replace("127.0.0.1", "api.example")).send("POST", "x").body == [1]
         with pytest.raises(ConnectionUnusable, match="certificate"):
             Session(base_url=base.replace("127.0.0.1", "other.example")).send("POST", "x")
-    outbound.close_shared_client()
+    guard.close_shared_client()
 
 
 @pytest.mark.usefixtures("local")
@@ -607,7 +608,7 @@ def test_a_base_address_has_no_query():
 
 
 def test_the_client_serves_nobody_but_a_session():
-    with outbound._build_client() as client, pytest.raises(LookupError):
+    with guard._build_client() as client, pytest.raises(LookupError):
         client.get("https://127.0.0.1/")
 
 
@@ -742,6 +743,6 @@ def test_every_special_network_of_ipv4_and_ipv6_is_blocked():
         2002::/16 3fff::/20 5f00::/16 fc00::/7 fe80::/10 fec0::/10 ff00::/8"""
     for block in map(ipaddress.ip_network, blocks.split()):
         for address in (block[0], block[1], block[-1]):
-            assert not outbound._is_public(outbound._plain(address)), address
+            assert not guard._is_public(guard._plain(address)), address
     for address in ("1.1.1.1", "8.8.8.8", "2606:4700::1", "2a00:1450:4001::1", "64:ff9b::808:808"):
-        assert outbound._is_public(ipaddress.ip_address(address))
+        assert guard._is_public(ipaddress.ip_address(address))

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from django.utils import timezone
 
+from connectors.guard import close_shared_client
 from connectors.models import ApiKey, Connection, CustomerLink
-from connectors.outbound import close_shared_client
 from connectors.sync.request import request
 from connectors.worker import Worker
 from customers import editing
