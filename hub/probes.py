@@ -32,4 +32,6 @@ def not_found(request: HttpRequest, exception: Exception) -> HttpResponse:
 
 
 def failed(request: HttpRequest) -> HttpResponse:
-    return JsonResponse({"message": "Something went wrong in the hub. Nothing was stored."}, status=500)
+    return JsonResponse(
+        {"message": "Something went wrong in the hub. Quote the Request-Id header of this answer."}, status=500
+    )

@@ -72,7 +72,11 @@ def fault_of(error: Exception) -> Fault:
         case exceptions.APIException():
             return Fault(status=error.status_code, kind="method", message=str(error.detail))
     logger.exception("an API request failed", exc_info=error)
-    return Fault(status=500, kind="failed", message="Something went wrong in the hub. Nothing was stored.")
+    return Fault(
+        status=500,
+        kind="failed",
+        message="Something went wrong in the hub. Quote the Request-Id header of this answer.",
+    )
 
 
 def _flat(details: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], str, str]]:

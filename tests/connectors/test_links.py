@@ -300,3 +300,17 @@ def test_a_customer_without_an_address_is_refused_before_sending(
     with pytest.raises(Rejected) as caught:
         PROVIDERS["links"].document(customer, connection=loop[0], uid=uuid7(), fields=None)
     assert caught.value.field == "email"
+
+
+def test_an_unexpected_failure_reveals_nothing_but_its_request_id(
+    call: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("secret detail")
+
+    monkeypatch.setattr("django.db.models.query.QuerySet.count", fail)
+    answer = call("GET", MANY)
+    assert answer.status_code == 500
+    assert answer.json().keys() == {"message", "errors"}
+    assert "secret" not in answer.content.decode()
+    assert answer["Request-Id"].startswith("req_")
