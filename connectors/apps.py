@@ -8,16 +8,20 @@ class ConnectorsConfig(AppConfig):
     def ready(self) -> None:
         from connectors.providers import PROVIDERS
         from connectors.sync.dirty import mark_dirty
+        from connectors.sync.merging import move_links
         from customers.editing import customers_changed
 
-        mapped = {slug: provider.fields for slug, provider in PROVIDERS.items()}
-
         def changed(**signal: object) -> None:
+            move_links(
+                changes=signal["changes"],  # type: ignore[arg-type] # a Signal carries no types
+                at=signal["at"],  # type: ignore[arg-type] # as above
+            )
             mark_dirty(
-                organization=signal["organization"],  # type: ignore[arg-type] # a Signal carries no types
+                organization=signal["organization"],  # type: ignore[arg-type] # as above
                 changes=signal["changes"],  # type: ignore[arg-type] # as above
                 actor=signal["actor"],  # type: ignore[arg-type] # as above
-                mapped=mapped,
+                at=signal["at"],  # type: ignore[arg-type] # as above
+                mapped={slug: provider.fields for slug, provider in PROVIDERS.items()},
             )
 
         customers_changed.connect(changed, weak=False, dispatch_uid="connectors")

@@ -3,7 +3,9 @@
 ConnectorError            never raised itself
 ├── RetryLater            send the same thing again, later
 ├── OutcomeUnknown        look before sending again: it may have been applied
+├── StaleRevision         read it, merge and send again: somebody else wrote first
 ├── Rejected              park this record until it, or the mapping, changes
+│   ├── AlreadyExists     there is such a record: find out whether it is ours
 │   └── Gone              the remote record does not exist (any more)
 └── ConnectionUnusable    pause the whole connection until somebody repairs it
 """
@@ -49,11 +51,29 @@ class RetryLater(ConnectorError):
 
 
 class OutcomeUnknown(ConnectorError):
-    """The request may have been applied; no usable answer came."""
+    """The request may have been applied; no usable answer came.
+
+    `replayed` is True when the provider gave the stored failure of an earlier request with the same idempotency key:
+    the key is used up.
+    """
+
+    replayed = False
+
+
+class StaleRevision(ConnectorError):
+    """The record there is not the revision that the update was made for. Nothing was changed."""
 
 
 class Rejected(ConnectorError):
     """This record is refused until it, or the mapping, changes."""
+
+
+class AlreadyExists(Rejected):
+    """A create is refused because the provider has a record like it. `remote_id` is that record's, "" if not named."""
+
+    def __init__(self, message: str, *, remote_id: str, field: str = "", status: int | None = None) -> None:
+        super().__init__(message, field=field, status=status, code="already_exists")
+        self.remote_id = remote_id
 
 
 class Gone(Rejected):

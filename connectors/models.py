@@ -12,8 +12,10 @@ from typing import ClassVar
 from urllib.parse import urlsplit
 
 import orjson
+from django.core.validators import MinValueValidator
 from django.db import models
 from django.db.models import F, Q
+from django.db.models.functions import Now
 
 from connectors.sealing import seal, unseal
 from connectors.states import PARKED, STATUSES, LinkState, Status
@@ -40,6 +42,16 @@ class Connection(models.Model):
     class ConflictPolicy(models.TextChoices):
         HUB_WINS = "hub_wins", "The hub wins"
         PROVIDER_WINS = "provider_wins", "The system wins"
+        ASK = "ask", "Ask a person"
+
+    class DeletePolicy(models.TextChoices):
+        UNLINK = "unlink", "Keep the customer, without a link"
+        RECREATE = "recreate", "Create it there again"
+        ARCHIVE = "archive", "Archive the customer"
+
+    class ArchivePolicy(models.TextChoices):
+        KEEP = "keep", "Leave the record there"
+        DELETE = "delete", "Delete the record there"
 
     class CreatePolicy(models.TextChoices):
         BY_HAND = "by_hand", "When somebody pushes them"
@@ -73,15 +85,64 @@ class Connection(models.Model):
         default=ConflictPolicy.HUB_WINS,
         help_text="Who wins where both sides changed the same field. Either way the change log keeps all values.",
     )
+    field_policies = models.JSONField(
+        "conflict policies by field",
+        default=dict,
+        blank=True,
+        help_text='Fields that differ from it: {"phone": "provider_wins", "email": "ask"}.',
+    )
     create_policy = models.CharField(
         "new customers are sent", max_length=16, choices=CreatePolicy, default=CreatePolicy.BY_HAND
+    )
+    delete_policy = models.CharField(
+        "when a record is deleted there", max_length=16, choices=DeletePolicy, default=DeletePolicy.UNLINK
+    )
+    archive_policy = models.CharField(
+        "when a customer is archived here", max_length=16, choices=ArchivePolicy, default=ArchivePolicy.KEEP
+    )
+    adopt_existing = models.BooleanField(
+        default=False,
+        help_text="Where the system refuses a create because it has such a record: link it, if nobody else is.",
     )
     pull_interval = models.PositiveIntegerField(
         null=True, blank=True, help_text="Seconds between pulls. Empty: only when somebody pulls."
     )
+    pull_cron = models.CharField(
+        "pull schedule",
+        max_length=100,
+        blank=True,
+        help_text="Minute, hour, day, month, weekday, such as 30 2 * * 0. Comes before the interval.",
+    )
+    rate = models.FloatField(
+        "calls per second",
+        null=True,
+        blank=True,
+        help_text="The most that all workers together may make. Empty: no limit.",
+    )
+    burst = models.PositiveIntegerField(
+        null=True,
+        blank=True,
+        help_text="How many calls may follow at once after a pause. Empty: half a second's worth.",
+    )
     state = models.CharField(max_length=16, choices=State, default=State.ACTIVE)
     state_reason = models.CharField(max_length=500, blank=True)
     not_before = models.DateTimeField(null=True, blank=True, editable=False)
+    bucket_calls = models.FloatField(null=True, editable=False)  # calls left in the bucket at `bucket_at`
+    bucket_at = models.DateTimeField(null=True, editable=False)
+    breaker_calls = models.CharField(max_length=50, blank=True, editable=False)  # the last calls: "1" good, "0" failed
+    breaker_until = models.DateTimeField(null=True, editable=False)  # set while the breaker is open
+    breaker_trips = models.PositiveSmallIntegerField(default=0, editable=False)  # in a row: doubles the wait
+    ramp = models.PositiveSmallIntegerField(null=True, editable=False)  # links still to be tried after a reconnect
+    last_success_at = models.DateTimeField(null=True, editable=False)
+    remote_account_id = models.CharField(
+        max_length=255,
+        blank=True,
+        editable=False,
+        help_text="The account that the credentials reach, as it says itself.",
+    )
+    login_token = models.CharField(max_length=32, blank=True, editable=False)  # who refreshes the credentials
+    login_until = models.DateTimeField(null=True, editable=False)
+    scan_generation = models.PositiveIntegerField(default=0, editable=False)  # complete lists that were begun
     next_pull_at = models.DateTimeField(null=True, blank=True, editable=False)
     checkpoint = models.JSONField(default=dict, blank=True, editable=False)
     pull_token = models.CharField(max_length=32, blank=True, editable=False)
@@ -136,17 +197,37 @@ class Connection(models.Model):
 class ApiKey(models.Model):
     """What a system calls the hub with. The key itself is shown once and kept as a hash."""
 
-    SCOPES: ClassVar = ("customers:read", "customers:write", "connections:read", "connections:write")
+    class State(models.TextChoices):
+        ACTIVE = "active", "Active"
+        EXPIRED = "expired", "Expired"
+        REVOKED = "revoked", "Revoked"
+
+    SCOPES: ClassVar = (
+        "customers:read",
+        "customers:write",
+        "customers:push",
+        "connections:read",
+    )
 
     organization = models.ForeignKey(Organization, on_delete=models.CASCADE, related_name="api_keys")
     name = models.CharField(max_length=100, help_text="Who uses it. Shown in the change history.")
     scopes = models.JSONField(default=list, help_text="What it may do: " + ", ".join(SCOPES))
     prefix = models.CharField(max_length=16, editable=False)
     hash = models.CharField(max_length=64, editable=False, unique=True)
+    rate = models.FloatField(
+        "requests per second",
+        null=True,
+        blank=True,
+        validators=[MinValueValidator(0)],
+        help_text="Two seconds' worth may come at once. Empty: as the hub is set. 0: no limit.",
+    )
     expires_at = models.DateTimeField(null=True, blank=True)
     last_used_at = models.DateTimeField(null=True, blank=True, editable=False)
+    bucket_calls = models.FloatField(null=True, editable=False)  # requests left in the bucket at `bucket_at`
+    bucket_at = models.DateTimeField(null=True, editable=False)
     revoked_at = models.DateTimeField(null=True, blank=True, editable=False)
     created_at = models.DateTimeField(auto_now_add=True)
+    asked_at: datetime  # no column: the database's time when `find` read the rest
 
     class Meta:
         ordering = ["name"]
@@ -167,6 +248,7 @@ class ApiKey(models.Model):
         name: str,
         scopes: list[str] | None = None,
         expires_at: datetime | None = None,
+        rate: float | None = None,
     ) -> tuple[ApiKey, str]:
         """A stored key and the secret that is never seen again."""
         secret = f"hub_{secrets.token_urlsafe(32)}"
@@ -177,6 +259,7 @@ class ApiKey(models.Model):
             prefix=secret[:10],
             hash=cls.hashed(secret),
             expires_at=expires_at,
+            rate=rate,
         )
         return key, secret
 
@@ -186,12 +269,44 @@ class ApiKey(models.Model):
         if not secret:
             return None
         wanted = cls.hashed(secret)
-        key = cls.objects.select_related("organization").filter(hash=wanted).first()
+        key = cls.objects.select_related("organization").annotate(asked_at=Now()).filter(hash=wanted).first()
         if key is None or not hmac.compare_digest(key.hash, wanted):
             return None
-        if key.revoked_at or (key.expires_at and key.expires_at <= now):
-            return None
-        return key
+        return key if key.state(now=now) == cls.State.ACTIVE else None
+
+    def state(self, *, now: datetime) -> State:
+        if self.revoked_at:
+            return self.State.REVOKED
+        return self.State.EXPIRED if self.expires_at and self.expires_at <= now else self.State.ACTIVE
+
+
+class IdempotencyKey(models.Model):
+    """A request that is carried out once: reserved before its effect, answered in the same transaction as the effect.
+
+    `status` is NULL until it is answered. Whoever holds `token` may answer it.
+    """
+
+    organization = models.ForeignKey(Organization, on_delete=models.CASCADE, related_name="+", db_index=False)
+    api_key = models.ForeignKey(ApiKey, on_delete=models.CASCADE, related_name="+", db_index=False)
+    route = models.CharField(max_length=255, help_text="Method and route.")
+    key = models.CharField(max_length=255, help_text="As the caller chose it.")
+    fingerprint = models.CharField(max_length=64, help_text="SHA-256 of address and body.")
+    token = models.CharField(max_length=32)
+    created_at = models.DateTimeField()
+    reserved_at = models.DateTimeField()
+    status = models.PositiveSmallIntegerField(null=True)
+    headers = models.JSONField(default=dict)
+    body = models.BinaryField(default=b"")
+
+    class Meta:
+        constraints = [
+            models.UniqueConstraint(fields=["api_key", "route", "key"], name="one_answer_per_idempotency_key"),
+        ]
+        indexes = [models.Index(fields=["created_at"], name="idempotency_age")]
+        default_permissions = ()
+
+    def __str__(self) -> str:
+        return f"{self.route} {self.key}"
 
 
 class SyncRun(models.Model):
@@ -284,12 +399,31 @@ class CustomerLink(models.Model):
     is_duplicate = models.BooleanField(
         default=False, help_text="A second record of one customer in one system; never pushed."
     )
+    original_customer = models.ForeignKey(
+        Customer,
+        null=True,
+        blank=True,
+        on_delete=models.SET_NULL,
+        related_name="moved_links",
+        help_text="Whose link this was before the customer was merged.",
+    )
     is_active = models.BooleanField(default=True)
     state = models.CharField(max_length=16, choices=LinkState, default=LinkState.OPEN)
     error = models.CharField(max_length=500, blank=True)
     error_field = models.CharField(max_length=64, blank=True)
+    conflicts = models.JSONField(
+        default=dict, blank=True, help_text='Fields that wait for a person: {field: {"base", "here", "there", "at"}}.'
+    )
     attempts = models.PositiveIntegerField(default=0)
+    failing_since = models.DateTimeField(null=True, blank=True)
+    fingerprint = models.CharField(max_length=16, blank=True, help_text="Equal for errors of one cause.")
+    crashes = models.PositiveSmallIntegerField(default=0)  # times that a worker or connector died on it
+    urgent = models.BooleanField(default=False, help_text="Goes before the others: somebody waits for it.")
     next_attempt_at = models.DateTimeField(null=True, blank=True)
+    hold_until = models.DateTimeField(
+        null=True, blank=True, help_text="Until then a lost request may still be applied."
+    )
+    epoch = models.PositiveIntegerField(default=1, help_text="Counts the creates that were proved not to exist there.")
     lease_token = models.CharField(max_length=32, blank=True)
     lease_until = models.DateTimeField(null=True, blank=True)
     run = models.ForeignKey(
@@ -301,6 +435,11 @@ class CustomerLink(models.Model):
         help_text="The run that waits for the outcome of this link.",
     )
     synced_at = models.DateTimeField(null=True, blank=True)
+    seen_generation = models.PositiveIntegerField(default=0)  # the last complete list that showed it
+    former_remote_id = models.CharField(max_length=REMOTE_ID_LENGTH, blank=True)
+    tombstone = models.JSONField(
+        default=dict, blank=True, help_text="What was deleted there, when, and how that is known."
+    )
     deleted_at = models.DateTimeField(null=True, blank=True, help_text="Set: this link is a tombstone.")
     created_at = models.DateTimeField()
     updated_at = models.DateTimeField()
@@ -320,11 +459,17 @@ class CustomerLink(models.Model):
         indexes = [
             models.Index(fields=["connection", "id"], name="link_page"),
             models.Index(
-                fields=["connection", "next_attempt_at"],
+                "connection",
+                F("urgent").desc(),
+                "next_attempt_at",
                 name="link_due",
                 condition=Q(pushed_version__lt=F("needed_version"), next_attempt_at__isnull=False),
             ),
             models.Index(fields=["remote_id"], name="link_remote_id"),
+            models.Index(fields=["connection", "fingerprint"], name="link_rejected", condition=Q(state="rejected")),
+            models.Index(
+                fields=["connection", "former_remote_id"], name="link_former_id", condition=~Q(former_remote_id="")
+            ),
         ]
         default_permissions = ("view",)
         permissions = [("push_customerlink", "Can push customers to connected systems")]
@@ -348,12 +493,16 @@ class CustomerLink(models.Model):
             return "reconnect"
         if self.connection.state == Connection.State.PAUSED:
             return "paused"
+        if self.state == LinkState.UNCERTAIN and self.next_attempt_at is not None:
+            return "checking"
         if self.state in PARKED:
             return str(self.state)
         if self.lease_until and self.lease_until > now:
             return "sending"
         if not self.is_dirty:
-            return "in_sync"
+            return "conflict" if self.conflicts else "in_sync"
+        if self.connection.not_before is not None and self.connection.not_before > now:
+            return "rate_limited"
         return "retrying" if self.state == LinkState.RETRYING else "waiting"
 
     def status(self, *, now: datetime) -> Status:
@@ -366,7 +515,8 @@ class CustomerLink(models.Model):
             system=self.connection.name,
             time=self.synced_at.strftime(shown) if self.synced_at else "its creation",
             next=self.next_attempt_at.strftime(shown) if self.next_attempt_at else "the next pass",
-            field=self.error_field or "the record",
+            wait=self.connection.not_before.strftime(shown) if self.connection.not_before else "later",
+            field=", ".join(self.conflicts) or self.error_field or "the record",
             error=self.error or self.connection.state_reason or "no reason given",
         )
 
@@ -377,6 +527,7 @@ class PushIntent(models.Model):
     class Kind(models.TextChoices):
         CREATE = "create", "Create"
         UPDATE = "update", "Update"
+        DELETE = "delete", "Delete"
 
     class Outcome(models.TextChoices):
         OPEN = "open", "Open"
@@ -393,6 +544,11 @@ class PushIntent(models.Model):
     version = models.PositiveIntegerField(help_text="The customer's version that was read for it.")
     outcome = models.CharField(max_length=16, choices=Outcome, default=Outcome.OPEN)
     hold_until = models.DateTimeField(null=True, blank=True)
+    lost = models.PositiveSmallIntegerField(default=0)  # sendings whose answer never came
+    replayed = models.BooleanField(default=False)  # the key brings back a stored failure
+    look_ups = models.PositiveSmallIntegerField(default=0)
+    remote_id = models.CharField(max_length=REMOTE_ID_LENGTH, blank=True)  # named by an answer that came too late
+    first_sent_at = models.DateTimeField()
     sent_at = models.DateTimeField()
     answered_at = models.DateTimeField(null=True, blank=True)
     status = models.PositiveSmallIntegerField(null=True, blank=True)
@@ -407,3 +563,77 @@ class PushIntent(models.Model):
 
     def __str__(self) -> str:
         return f"{self.kind} {self.key}"
+
+
+class Conflict(models.Model):
+    """A field that was changed on both sides: all three values, and who won. One row each time it happens."""
+
+    class Outcome(models.TextChoices):
+        HUB = "hub", "The hub's value stayed"
+        SYSTEM = "system", "The system's value was taken"
+        WAITING = "waiting", "Waits for a person"
+
+    organization = models.ForeignKey(Organization, on_delete=models.CASCADE, related_name="+", db_index=False)
+    connection = models.ForeignKey(Connection, on_delete=models.CASCADE, related_name="conflicts", db_index=False)
+    link = models.ForeignKey(CustomerLink, on_delete=models.CASCADE, related_name="conflict_log")
+    field = models.CharField(max_length=64)
+    base = models.JSONField(null=True)
+    here = models.JSONField(null=True)
+    there = models.JSONField(null=True)
+    outcome = models.CharField(max_length=16, choices=Outcome)
+    at = models.DateTimeField()
+    resolved_at = models.DateTimeField(null=True, blank=True)
+    resolved_by = models.CharField(max_length=200, blank=True)
+
+    class Meta:
+        ordering = ["-id"]
+        indexes = [
+            models.Index(fields=["connection", "-id"], name="conflict_list"),
+            models.Index(fields=["link"], name="conflict_waiting", condition=Q(outcome="waiting", resolved_at=None)),
+        ]
+        default_permissions = ("view",)
+
+    def __str__(self) -> str:
+        return f"{self.field} of {self.link}"
+
+
+class Issue(models.Model):
+    """Something that a person has to see to: one per connection, kind and cause, however often it happens."""
+
+    class Kind(models.TextChoices):
+        LOGIN = "login", "Login ended"
+        WRONG_ACCOUNT = "wrong_account", "Another account"
+        MASS_DELETE = "mass_delete", "Too many deletes"
+        REJECTED = "rejected", "Refused there"
+        POISON = "poison", "Keeps failing"
+        CONNECTOR = "connector", "Connector fault"
+        DUPLICATE = "duplicate", "Two records of one customer"
+        ORPHAN = "orphan", "Record without a link"
+        FIGHT = "fight", "Two systems overwrite each other"
+        RATE_LIMIT = "rate_limit", "Absurd waiting time"
+
+    organization = models.ForeignKey(Organization, on_delete=models.CASCADE, related_name="issues", db_index=False)
+    connection = models.ForeignKey(Connection, on_delete=models.CASCADE, related_name="issues", db_index=False)
+    kind = models.CharField(max_length=16, choices=Kind)
+    fingerprint = models.CharField(max_length=64, blank=True)
+    message = models.CharField(max_length=500)
+    details = models.JSONField(default=dict)
+    count = models.PositiveIntegerField(default=1)
+    first_at = models.DateTimeField()
+    last_at = models.DateTimeField()
+    resolved_at = models.DateTimeField(null=True, blank=True)
+
+    class Meta:
+        ordering = ["-last_at"]
+        constraints = [
+            models.UniqueConstraint(
+                fields=["connection", "kind", "fingerprint"],
+                condition=Q(resolved_at=None),
+                name="one_open_issue_per_cause",
+            ),
+        ]
+        indexes = [models.Index(fields=["organization", "-last_at"], name="issue_list")]
+        default_permissions = ("view", "change")
+
+    def __str__(self) -> str:
+        return f"{self.get_kind_display()}: {self.message}"

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import re
 import ssl
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -31,6 +32,7 @@ from connectors.exceptions import (
 )
 from connectors.guard import Call, call, parse_url, shared_client
 from connectors.sealing import Secret
+from customers import jsontext
 
 E = TypeVar("E", bound=ConnectorError)
 
@@ -65,7 +67,8 @@ class Answer:
 
 @dataclass(kw_only=True)
 class Session:
-    """One provider's address and credentials. Keeps no state between requests, not even cookies.
+    """One provider's address and credentials. Keeps nothing between requests, not even cookies, but `exhausted`: when
+    the account may be called again, if an answer said that nothing is left of its rate limit.
 
     `client` is for tests (WSGITransport, MockTransport): the address guard and the deadline on sockets
     belong to the shared client that is used without one.
@@ -74,9 +77,25 @@ class Session:
     base_url: str
     headers: Mapping[str, str | Secret] = field(default_factory=dict, repr=False)
     client: httpx2.Client | None = field(default=None, repr=False)
-    deadline: float = 30.0  # seconds for one request as a whole, from connecting to the last byte
+    deadline: float = 25.0  # seconds for one request as a whole, from connecting to the last byte
     max_bytes: int = MAX_BYTES  # of the body, counted after decompression
     request_id: str = ""
+    renew: Callable[[], bool] | None = field(default=None, repr=False)  # log in anew; False when that is lost
+    # Which of the headers that were set here got an answer 401, and which another one: `renew` replaces them whole.
+    refused: Mapping[str, str | Secret] | None = field(default=None, init=False, repr=False)
+    accepted: Mapping[str, str | Secret] | None = field(default=None, init=False, repr=False)
+    exhausted: float | None = field(default=None, init=False, repr=False)  # by the monotonic clock
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
+
+    def take_exhausted(self) -> float | None:
+        """Seconds until the rate limit's window starts anew, if answers since the last time said that nothing is left.
+
+        The longest of several; None when it has started meanwhile.
+        """
+        with self._lock:
+            ends, self.exhausted = self.exhausted, None
+        left = 0.0 if ends is None else ends - time.monotonic()
+        return left if left > 0 else None
 
     def request(
         self,
@@ -100,9 +119,11 @@ class Session:
         json: Any = None,
         params: Mapping[str, Any] | None = None,
         headers: Mapping[str, str | Secret] | None = None,
+        form: str | None = None,
     ) -> Answer:
         """Send once, never repeat, follow no redirect.
 
+        `form` is a body of URL-encoded fields, in place of `json`.
         `path` is appended to `base_url`; parts of it that are data must be quoted by the caller.
         Raises RetryLater when nothing was sent (or the method is GET), OutcomeUnknown when something
         was sent and no usable answer came, ConnectionUnusable when the address or configuration is
@@ -114,7 +135,7 @@ class Session:
         started = time.monotonic()
         token = call.set(Call(url.scheme, started + self.deadline))
         try:
-            answer = self._exchange(client, method, url, json, params, headers or {}, started)
+            answer = self._exchange(client, method, url, json, form, params, headers or {}, started)
         except (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout) as error:
             if _certificate_refused(error):
                 raise ConnectionUnusable(f"The TLS certificate of {url.host} is not valid.") from error
@@ -142,6 +163,7 @@ class Session:
         method: str,
         url: httpx2.URL,
         json: Any,
+        form: str | None,
         params: Mapping[str, Any] | None,
         extra: Mapping[str, str | Secret],
         started: float,
@@ -150,12 +172,17 @@ class Session:
         headers = {"User-Agent": "customer-hub", "Accept": "application/json", "Accept-Encoding": "gzip"}
         content = None
         if json is not None:
-            content = orjson.dumps(json)
+            content = jsontext.dumps(json)
             headers["Content-Type"] = "application/json"
+        elif form is not None:
+            content = form.encode()
+            headers["Content-Type"] = "application/x-www-form-urlencoded"
         if self.request_id:
             headers["Request-Id"] = self.request_id
         merged = httpx2.Headers(headers)
-        for name, value in {**self.headers, **extra}.items():
+        own = self.headers  # read once: another thread may replace them while this request is under way
+        sent = {**own, **extra}
+        for name, value in sent.items():
             plain = value.reveal() if isinstance(value, Secret) else value
             if not plain.isascii():  # a key pasted with a typographic dash, say
                 raise ConnectionUnusable(_BAD_HEADER)
@@ -169,14 +196,20 @@ class Session:
             timeout=httpx2.Timeout(self.deadline, connect=min(CONNECT_TIMEOUT, self.deadline)),
         )
         response = client.send(request, stream=True, follow_redirects=False)
+        answered = {name.lower(): value for name, value in response.headers.items()}
         try:
+            # Before the body: it may turn out to be unusable, and this holds all the same.
+            self._note_limit(answered)
             raw = self._read(response)
         finally:
             response.close()
         ok = 200 <= response.status_code < 300
+        if own is self.headers and response.status_code == 401:
+            self.refused = own
+        elif own is self.headers and response.status_code != 403 and response.status_code < 500:
+            self.accepted = own
         if not ok:
-            raw = _without_secrets(raw, {**self.headers, **extra})
-        answered = {name.lower(): value for name, value in response.headers.items()}
+            raw = _without_secrets(raw, sent)
         return Answer(
             method=method,
             status=response.status_code,
@@ -186,6 +219,13 @@ class Session:
             elapsed=time.monotonic() - started,
             request_id=_line(answered.get("request-id") or answered.get("x-request-id") or "", 100),
         )
+
+    def _note_limit(self, headers: Mapping[str, str]) -> None:
+        seconds = _exhausted(headers)
+        if seconds is not None:
+            ends = time.monotonic() + seconds
+            with self._lock:
+                self.exhausted = max(self.exhausted or ends, ends)
 
     def _read(self, response: httpx2.Response) -> bytes:
         encoding = response.headers.get("content-encoding", "").strip().lower()
@@ -202,7 +242,10 @@ class Session:
 
 
 def raise_for_answer(answer: Answer) -> None:
-    """Return for 2xx; otherwise raise what the status means for the record or the connection."""
+    """Return for 2xx; otherwise raise what the status means for the record or the connection.
+
+    A 408 or 503 that does not say when to come back may come from a proxy behind which the write was applied.
+    """
     status = answer.status
     if 200 <= status < 300:
         return
@@ -211,11 +254,12 @@ def raise_for_answer(answer: Answer) -> None:
         raise _refused(ConnectionUnusable, answer, "The provider does not accept the credentials.")
     if status in (404, 410):
         raise _refused(Gone, answer, "The provider does not have this record.")
-    if status in (408, 425, 429, 503):
+    wait = _retry_after(answer.headers)
+    if status in (425, 429) or (status in (408, 503) and (wait is not None or answer.method == "GET")):
         error = _refused(RetryLater, answer, "The provider asks to try again later.")
-        error.retry_after = _retry_after(answer.headers)
+        error.retry_after = wait
         raise error
-    if 400 <= status < 500:
+    if 400 <= status < 500 and status != 408:
         words = _provider_message(answer.body) or _line(answer.text, MESSAGE_LENGTH)
         raise _refused(Rejected, answer, words or "The provider refused the record without a reason.")
     kind: type[ConnectorError] = RetryLater if answer.method == "GET" else OutcomeUnknown
@@ -358,6 +402,43 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
         return None
     now = _http_date(headers.get("date", "")) or datetime.now(UTC)
     return min(max((until - now).total_seconds(), 0.0), MAX_RETRY_AFTER)
+
+
+# Drafts and customs of rate-limit headers. A policy in the structured form is `"name";r=0;t=30`; an earlier draft wrote
+# `limit=100, remaining=0, reset=30`.
+_LIMITS = ("ratelimit", "x-ratelimit", "x-rate-limit")
+_POLICY = re.compile(r'(?:"[^"]*"|[^",])+')
+_PARAMETER = re.compile(r"\b(r|t|remaining|reset)\s*=\s*(\d+)")
+_NUMBER = re.compile(r"\d{1,15}(\.\d{1,9})?", re.ASCII)
+# Reset is the seconds until then or the time itself: no window is thirty years long.
+_EPOCH, _EPOCH_MILLISECONDS = 1e9, 1e11
+
+
+def _exhausted(headers: Mapping[str, str]) -> float | None:
+    """Seconds until calls may be made again, if a header says that none is left; the longest of several."""
+    pairs: list[tuple[str, str]] = []
+    for name in _LIMITS:
+        remaining, resets = (headers.get(f"{name}-{part}", "").split(",") for part in ("remaining", "reset"))
+        pairs += zip(remaining, resets, strict=False)
+    structured = headers.get("ratelimit", "")
+    for policy in [structured] if "remaining" in structured else _POLICY.findall(structured):
+        found: dict[str, str] = dict(_PARAMETER.findall(policy))
+        pairs.append((found.get("r", found.get("remaining", "")), found.get("t", found.get("reset", ""))))
+    waits = [_until_reset(reset.strip(), headers) for remaining, reset in pairs if _number(remaining.strip()) == 0]
+    return max((seconds for seconds in waits if seconds), default=None)
+
+
+def _until_reset(text: str, headers: Mapping[str, str]) -> float | None:
+    """Seconds until a reset. A time is read against the answer's own Date: the clocks may differ."""
+    moment = _number(text)
+    if moment is not None and moment >= _EPOCH:
+        now = _http_date(headers.get("date", "")) or datetime.now(UTC)
+        moment = max(0.0, (moment / 1000 if moment >= _EPOCH_MILLISECONDS else moment) - now.timestamp())
+    return None if moment is None else min(moment, MAX_RETRY_AFTER)
+
+
+def _number(text: str) -> float | None:
+    return float(text) if _NUMBER.fullmatch(text) else None
 
 
 def _http_date(text: str) -> datetime | None:

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from uuid import UUID
 
 from django.urls import URLPattern
+from django.utils import timezone
 
+from connectors import login
 from connectors.exceptions import ConnectorError, Rejected
 from connectors.models import Connection, SyncRun
 from connectors.outbound import Session
@@ -29,7 +31,8 @@ class Record:
     """One customer as a system describes it: what arrives by API call, pull or answer, read into the hub's fields.
 
     `values` holds only what the document names: an absent field is unknown, not empty. At most one of `customer_id`,
-    `link_id` and `remote_id` says which record is meant; none of them means a new one.
+    `link_id` and `remote_id` says which record is meant; none of them means a new one. `seq` is the link's `sync_seq`
+    when a record began to be read, where that is known.
     """
 
     values: Mapping[str, Any]
@@ -40,6 +43,7 @@ class Record:
     created_at: datetime | None = None
     revision: str = ""
     deleted: bool = False
+    seq: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,27 +74,46 @@ class Page:
 class Capabilities:
     """What a provider's document offers. What is not declared counts as absent.
 
+    How a create whose answer was lost can be settled, best first:
     upsert_external_id  a create carries our id, and repeating it changes nothing
-    marker_field        the record keeps our id where a look-up can find it ("strong" or "")
+    create_key          a create takes `Outgoing.key`; a repeat within `key_life` seconds has no second effect
+    unique_keys         a second create is refused with AlreadyExists, which names the record
+    look_up             a record can be found by our marker: "strong" at once, "lagging" after `look_up_lag` seconds
+
+    conditional         an update carries `Outgoing.revision` and is refused with StaleRevision when it is not current
+    echoes              an answer to a write shows the record as stored
     updates             a record can be changed
     lists, fetches      records can be read, all or one
     incremental         the list can be limited to what changed since a time
-    deletes             "call" when there is a delete endpoint, "flag" when lists show deleted records
+    deletes             there is a delete call
+    shows_deleted       "flag" when lists mark deleted records, "scan" when a complete list leaves them out, else ""
     batch               how many records one create takes; 1 where there is no batch call
     update_batch        the same for updates
     max_request_life    seconds after which a timed-out request can no longer be applied
     """
 
     upsert_external_id: bool = False
-    marker_field: str = ""
+    create_key: bool = False
+    key_life: float = 24 * 3600.0
+    unique_keys: bool = False
+    look_up: str = ""
+    look_up_lag: float = 90.0
+    conditional: bool = False
+    echoes: bool = True
     updates: bool = True
     lists: bool = False
     fetches: bool = False
     incremental: bool = False
-    deletes: str = ""
+    deletes: bool = False
+    shows_deleted: str = ""
     batch: int = 1
     update_batch: int = 1
     max_request_life: float = 120.0
+
+    @property
+    def rows_independent(self) -> bool:
+        """Whether a create of several records can be repeated without asking which of them arrived."""
+        return self.upsert_external_id or self.create_key
 
 
 class Provider:
@@ -145,13 +168,17 @@ class Provider:
     def create_many(
         self, session: Session, connection: Connection, batch: Sequence[Outgoing]
     ) -> list[Record | ConnectorError]:
-        """One answer per record, in order. A provider with a batch call overrides this."""
+        """One answer per record, in order; a provider with a batch call overrides this.
+
+        Raises ConnectorError for the call as a whole: a refusal that names no record is Rejected, and the engine halves
+        the batch. Which answer is whose is told by a correlation id, or by position where the document promises it.
+        """
         return each(batch, lambda outgoing: self.create(session, connection, outgoing))
 
     def update_many(
         self, session: Session, connection: Connection, batch: Sequence[Outgoing]
     ) -> list[Record | ConnectorError]:
-        """One answer per record, in order. A provider with a batch call overrides this."""
+        """As `create_many`."""
         return each(batch, lambda outgoing: self.update(session, connection, outgoing))
 
     def delete(self, session: Session, connection: Connection, remote_id: str) -> None:
@@ -161,6 +188,27 @@ class Provider:
     def fetch(self, session: Session, connection: Connection, remote_id: str) -> Record:
         """The record as it is there now. Raises Gone when it is not there."""
         raise Rejected(f"{self.label} documents no way to read one customer.", code="unsupported")
+
+    def look_up(self, session: Session, connection: Connection, uid: UUID) -> list[Record]:
+        """The records there that carry this link's marker, oldest first. Only with the capability `look_up`."""
+        raise Rejected(f"{self.label} documents no way to find a customer by our id.", code="unsupported")
+
+    def marker(self, document: Mapping[str, Any]) -> UUID | None:
+        """The link's uid that a record there carries as its marker; None when it carries none of ours."""
+        return None
+
+    def normalise(self, name: str, value: Any) -> Any:
+        """A field's value as the provider would store it: an upper-cased postal code, say."""
+        return value
+
+    def account_id(self, session: Session, connection: Connection) -> str:
+        """Which account the credentials reach, as the provider names it; "" where it does not say.
+
+        Makes a call that any working credential may make, so that it also tells a lost login from a missing record.
+        """
+        if self.capabilities(connection).lists:
+            self.page(session, connection, cursor=None, since=None, limit=1)
+        return ""
 
     def page(
         self,
@@ -178,14 +226,37 @@ class Provider:
         """Carry out an API batch that was accepted to be worked on later. Only a provider that queues has any."""
         raise Rejected(f"{self.label} queues no batches.", code="unsupported")
 
-    def session(self, connection: Connection, *, request_id: str = "", client: Any = None) -> Session:
-        """An authenticated way to this account. Raises sealing.UnsealError when its credentials cannot be read."""
-        return Session(
-            base_url=connection.base_url,
-            headers=self.headers(account=connection.account, credentials=connection.unseal_credentials()),
-            client=client,
-            request_id=request_id,
+    def session(
+        self,
+        connection: Connection,
+        *,
+        request_id: str = "",
+        client: Any = None,
+        clock: Callable[[], datetime] = timezone.now,
+    ) -> Session:
+        """An authenticated way to this account. Call it outside any transaction: it may have to log in anew.
+
+        Raises sealing.UnsealError when its credentials cannot be read, login.LoginLost when only a person can log in
+        again, RetryLater when the login server gives no token now.
+        """
+
+        def headers(credentials: Mapping[str, str]) -> dict[str, str | Secret]:
+            return self.headers(account=connection.account, credentials=credentials)
+
+        credentials = login.fresh(connection, clock=clock, client=client)
+        session = Session(
+            base_url=connection.base_url, headers=headers(credentials), client=client, request_id=request_id
         )
+        if login.renewable(credentials):
+            session.renew = login.Renewal(
+                connection=connection,
+                session=session,
+                credentials=credentials,
+                headers=headers,
+                clock=clock,
+                client=client,
+            )
+        return session
 
 
 def each(batch: Sequence[Outgoing], send: Callable[[Outgoing], Record]) -> list[Record | ConnectorError]:
@@ -197,3 +268,11 @@ def each(batch: Sequence[Outgoing], send: Callable[[Outgoing], Record]) -> list[
         except ConnectorError as error:
             answers.append(error)
     return answers
+
+
+def uuid_of(text: Any) -> UUID | None:
+    """The UUID that a text is, in either spelling; None when it is none."""
+    try:
+        return UUID(text) if isinstance(text, str) else None
+    except ValueError:
+        return None

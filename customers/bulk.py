@@ -10,8 +10,9 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
-import orjson
 from django.db import connection, models, transaction
+
+from customers import jsontext
 
 # From here on COPY is faster than a JSON parameter.
 COPY_FROM_ROWS = 200
@@ -22,13 +23,13 @@ _inserted: dict[str, int] = {}
 def _columns(model: type[models.Model], names: Iterable[str] | None = None) -> list[models.Field[Any, Any]]:
     fields = [field for field in model._meta.concrete_fields if not isinstance(field, models.AutoField)]
     if names is None:
-        return fields
+        return [field for field in fields if not field.has_db_default()]
     wanted = set(names)
     return [field for field in fields if field.name in wanted or field.attname in wanted]
 
 
 def _json(rows: Sequence[models.Model], columns: Sequence[models.Field[Any, Any]]) -> str:
-    return orjson.dumps(
+    return jsontext.dumps(
         [{str(column.column): getattr(row, column.attname) for column in columns} for row in rows]
     ).decode()
 
@@ -38,7 +39,7 @@ def _prepared(rows: Sequence[models.Model], columns: Sequence[models.Field[Any, 
 
 
 def insert(rows: Sequence[models.Model]) -> None:
-    """Insert new rows of one model. Automatic integer keys are given by the database and not read back."""
+    """Insert new rows of one model. What the database fills in, such as automatic keys, is not read back."""
     if not rows:
         return
     model = type(rows[0])

@@ -5,6 +5,8 @@ Only `customers.editing` writes customers and their changes.
 
 from __future__ import annotations
 
+from typing import Any
+
 from django.conf import settings
 from django.contrib.auth.models import AbstractBaseUser, AnonymousUser
 from django.db import models
@@ -123,8 +125,23 @@ class Customer(models.Model):
         return public_id("cust", self.id)
 
 
+class CurrentTransaction(models.Func):
+    """The number of the writing transaction on PostgreSQL; 0 on SQLite, which lets one transaction write at a time."""
+
+    template = "0"
+    output_field = models.BigIntegerField()
+
+    def as_postgresql(self, compiler: Any, connection: Any, **context: Any) -> Any:
+        return self.as_sql(compiler, connection, template="pg_current_xact_id()::text::bigint", **context)
+
+
 class CustomerChange(models.Model):
-    """One version of one customer: who or what, when, why, which fields, from what to what. Never edited."""
+    """One version of one customer: who or what, when, why, which fields, from what to what. Never edited.
+
+    Ordered by `tx` and `id` the rows are a feed: on PostgreSQL, rows of lower `tx` than every running transaction are
+    all there, and whatever is still to come sorts after them. Ids alone would not do: a transaction that commits late
+    may have taken its ids early. A trigger keeps `tx` from falling between two versions of one customer.
+    """
 
     class Actor(models.TextChoices):
         USER = "user", "Person"
@@ -142,13 +159,51 @@ class CustomerChange(models.Model):
     request_id = models.CharField(max_length=64, blank=True)
     message = models.CharField(max_length=500, blank=True)
     changes = models.JSONField(help_text="Field name to [old, new].")
+    tx = models.BigIntegerField(db_default=CurrentTransaction(), editable=False)
 
     class Meta:
         constraints = [
             models.UniqueConstraint(fields=["customer", "version"], name="one_change_per_version"),
         ]
-        indexes = [models.Index(fields=["organization", "id"], name="change_feed")]
+        indexes = [
+            models.Index(fields=["organization", "id"], name="change_feed"),
+            models.Index(fields=["organization", "tx", "id"], name="change_order"),
+        ]
         default_permissions = ("view",)
 
     def __str__(self) -> str:
         return f"version {self.version} by {self.actor_name}"
+
+
+class MergeRecord(models.Model):
+    """One merge of two customers: what both were before, and what it takes to undo it."""
+
+    organization = models.ForeignKey(Organization, on_delete=models.PROTECT, related_name="+", db_index=False)
+    survivor = models.ForeignKey(Customer, on_delete=models.PROTECT, related_name="merges")
+    loser = models.ForeignKey(Customer, on_delete=models.PROTECT, related_name="merge_records")
+    survivor_before = models.JSONField(help_text="The survivor's fields before the merge.")
+    loser_before = models.JSONField(help_text="The fields of the customer that was merged into it.")
+    survivor_version = models.PositiveIntegerField(help_text="The survivor's version that the merge made.")
+    loser_version = models.PositiveIntegerField(help_text="The loser's version that the merge made.")
+    changes = models.JSONField(help_text="What the merge changed on the survivor: field name to [old, new].")
+    followers = models.JSONField(default=list, help_text="Customers that had been merged into the loser before.")
+    notes = models.JSONField(
+        default=dict, help_text="What others that hold something of the customers need to undo it."
+    )
+    at = models.DateTimeField()
+    actor_kind = models.CharField(max_length=16, choices=CustomerChange.Actor)
+    actor_id = models.CharField(max_length=64, blank=True)
+    actor_name = models.CharField(max_length=200)
+    undone_at = models.DateTimeField(null=True, blank=True)
+    undone_by = models.CharField(max_length=200, blank=True)
+    undone_version = models.PositiveIntegerField(null=True, help_text="The survivor's version that undid it.")
+
+    class Meta:
+        constraints = [
+            models.UniqueConstraint(fields=["loser"], condition=models.Q(undone_at=None), name="merged_once"),
+        ]
+        indexes = [models.Index(fields=["organization", "-id"], name="merge_list")]
+        default_permissions = ("view",)
+
+    def __str__(self) -> str:
+        return f"{self.loser} merged into {self.survivor}"

@@ -84,6 +84,8 @@ INSTALLED_APPS = [
     "django.contrib.messages",
     "django.contrib.staticfiles",
     "rest_framework",
+    "drf_spectacular",
+    "drf_spectacular_sidecar",
     "customers",
     "connectors",
 ]
@@ -129,6 +131,22 @@ REST_FRAMEWORK: dict[str, Any] = {
     "DEFAULT_PARSER_CLASSES": ["connectors.inbound.bodies.JSONParser"],
     "UNAUTHENTICATED_USER": None,
     "UNAUTHENTICATED_TOKEN": None,
+    "DEFAULT_SCHEMA_CLASS": "connectors.api.schema.Described",
+}
+SPECTACULAR_SETTINGS: dict[str, Any] = {
+    "OAS_VERSION": "3.1.1",
+    "TITLE": "Customer Hub",
+    "VERSION": "1",
+    "DESCRIPTION": "One golden record per customer, one link record for every system that knows that customer. "
+    "Links, Commenda, Cheqpay and RootFi are served as their own documents describe them; what goes beyond is under "
+    "Customer Hub.",
+    "SERVERS": [{"url": "/", "description": "This hub"}],
+    "COMPONENT_SPLIT_REQUEST": True,
+    "ENUM_GENERATE_CHOICE_DESCRIPTION": False,
+    "PREPROCESSING_HOOKS": ["connectors.api.schema.addresses"],
+    "POSTPROCESSING_HOOKS": ["connectors.api.reference.finish"],
+    "SWAGGER_UI_DIST": "SIDECAR",
+    "SWAGGER_UI_FAVICON_HREF": "SIDECAR",
 }
 
 AUTH_PASSWORD_VALIDATORS = [
@@ -152,8 +170,14 @@ ALLOWED_PRIVATE_NETWORKS: list[str] = env.list("ALLOWED_PRIVATE_NETWORKS", defau
 ALLOW_HTTP_TARGETS: bool = env.bool("ALLOW_HTTP_TARGETS", default=False)
 ALLOWED_TARGET_PORTS: list[int] = env.list("ALLOWED_TARGET_PORTS", cast=int, default=[443, 8443])
 
+# How many requests a second an API key without a limit of its own may make; two seconds' worth at once. 0: no limit.
+API_RATE: float = env.float("API_RATE", default=100.0)
+
 # An edit waits this long before it is pushed, so that typing does not become ten pushes. "Push now" does not wait.
 PUSH_DEBOUNCE_SECONDS: float = env.float("PUSH_DEBOUNCE_SECONDS", default=2.0)
+
+# Where Celery's messages go, such as redis://127.0.0.1:6379/0. Empty: work is carried by `manage.py run_worker` alone.
+CELERY_BROKER_URL: str = env.str("CELERY_BROKER_URL", default="")
 
 SESSION_COOKIE_AGE = 12 * 60 * 60
 SESSION_COOKIE_HTTPONLY = True

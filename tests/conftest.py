@@ -19,7 +19,17 @@ from django.test import Client
 
 from connectors.guard import close_shared_client
 from connectors.models import ApiKey, Connection
+from connectors.providers import PROVIDERS
 from customers.models import Organization
+
+
+@pytest.fixture(autouse=True)
+def _providers_as_written_down() -> Iterator[None]:
+    """Take back what a test adds to the list of providers."""
+    before = dict(PROVIDERS)
+    yield
+    PROVIDERS.clear()
+    PROVIDERS.update(before)
 
 
 @pytest.fixture

@@ -54,7 +54,7 @@ def test_the_shown_calls_and_commands_work(tmp_path: Path) -> None:
     (tmp_path / "customers.csv").write_text("external_id,name,email\nX-1,Example Company,x@example.com\n")
     with quickstart(data, free_port(), tmp_path / "log") as hub:
         calls = [c for c in COMMANDS if c.startswith("curl ")]
-        assert len(calls) == 4
+        assert len(calls) == 6
         for call in calls:
             answer = subprocess.run(
                 ["bash", "-c", call.replace("127.0.0.1:8000", f"127.0.0.1:{hub.port}") + " -sS --fail-with-body"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -9,21 +10,25 @@ from django import forms
 from django.contrib import admin, messages
 from django.contrib.admin.utils import flatten_fieldsets
 from django.core.exceptions import PermissionDenied, ValidationError
+from django.db import transaction
 from django.db.models import Field
 from django.http import HttpRequest, HttpResponse, HttpResponseRedirect
 from django.template.response import TemplateResponse
 from django.urls import URLPattern, reverse
 from django.utils import timezone
 
+from connectors import login
 from connectors.admin.badges import connection_badge, counts_by_status, run_badge, summary
 from connectors.exceptions import ConnectionUnusable, ConnectorError, Gone, Rejected
 from connectors.guard import check_url
 from connectors.models import Connection, CustomerLink
+from connectors.outbound import Session
 from connectors.provider import Provider
 from connectors.providers import PROVIDERS
 from connectors.sealing import UnsealError
 from connectors.sync.pull import AlreadyRunning, pull
 from connectors.sync.request import request as request_push
+from connectors.sync.schedule import problems_of_cron
 from customers.admin import OrganizationFilter, OwnAdmin, actor_of
 from customers.ids import uuid7
 from customers.models import Customer
@@ -62,8 +67,15 @@ class ConnectionForm(ModelForm):
             "direction",
             "base_url",
             "conflict_policy",
+            "field_policies",
             "create_policy",
+            "delete_policy",
+            "archive_policy",
+            "adopt_existing",
+            "pull_cron",
             "pull_interval",
+            "rate",
+            "burst",
             "options",
         )
 
@@ -102,6 +114,34 @@ class ConnectionForm(ModelForm):
         if interval is not None and interval < SHORTEST_INTERVAL:
             raise ValidationError(f"Use at least {SHORTEST_INTERVAL} seconds.")
         return interval
+
+    def clean_pull_cron(self) -> str:
+        text = " ".join(self.cleaned_data["pull_cron"].split())
+        if text and (wrong := problems_of_cron(text)):
+            raise ValidationError(wrong)
+        return text
+
+    def clean_rate(self) -> float | None:
+        rate: float | None = self.cleaned_data["rate"]
+        if rate is not None and not 0 < rate <= 10_000:
+            raise ValidationError("Give how many calls a second may be made, such as 10, or nothing.")
+        return rate
+
+    def clean_burst(self) -> int | None:
+        burst: int | None = self.cleaned_data["burst"]
+        if burst == 0:
+            raise ValidationError("Give at least 1, or nothing.")
+        return burst
+
+    def clean_field_policies(self) -> dict[str, str]:
+        chosen = self.cleaned_data["field_policies"] or {}
+        policies = ", ".join(Connection.ConflictPolicy.values)
+        if not isinstance(chosen, dict) or not set(chosen.values()) <= set(Connection.ConflictPolicy.values):
+            raise ValidationError(f'Give an object such as {{"phone": "ask"}}. There are: {policies}.')
+        known = self.provider.fields if self.provider else frozenset(chosen)
+        if unknown := sorted(chosen.keys() - known):
+            raise ValidationError(f"Unknown: {', '.join(unknown)}. Its fields are: {', '.join(sorted(known))}.")
+        return chosen
 
     def clean_options(self) -> dict[str, bool]:
         options = self.cleaned_data["options"] or {}
@@ -180,7 +220,12 @@ class ConnectionAdmin(OwnAdmin):
         return [
             ("System", {"fields": ["organization", provider, "name", "account", "direction"]}),
             ("Address and login", {"fields": ["base_url", *secrets]}),
-            ("Rules", {"fields": ["conflict_policy", "create_policy", "pull_interval", "options"]}),
+            ("Conflicts", {"fields": ["conflict_policy", "field_policies"]}),
+            (
+                "Creating and deleting",
+                {"fields": ["create_policy", "adopt_existing", "delete_policy", "archive_policy"]},
+            ),
+            ("Schedule and limits", {"fields": ["pull_cron", "pull_interval", "rate", "burst", "options"]}),
         ]
 
     def get_form(self, request: HttpRequest, obj: Connection | None = None, change: bool = False, **kwargs: Any) -> Any:
@@ -216,16 +261,23 @@ class ConnectionAdmin(OwnAdmin):
         touched = {name for name in form.changed_data if name in ConnectionForm.Meta.fields}
         if form.cleaned_data.get("clear_credentials") or entered or (moved and obj.credentials):
             base = {} if moved or form.cleaned_data.get("clear_credentials") else kept
-            obj.seal_credentials({**base, **entered})
+            obj.seal_credentials(login.merged(base, entered))
             touched.add("credentials")
             if moved and not entered:
                 text = "The address leads to another host: the credentials were cleared. Enter those of the new host."
                 self.message_user(request, text, messages.WARNING)
-        if entered and obj.state == Connection.State.NEEDS_REAUTH:
-            obj.state, obj.state_reason = Connection.State.ACTIVE, ""
-            touched |= {"state", "state_reason"}
+        if touched & {"pull_cron", "pull_interval"}:
+            obj.next_pull_at = None  # the worker finds the next time by the new schedule
+            touched.add("next_pull_at")
         # Only what was edited: a pull may be writing its checkpoint to the same row.
         obj.save(update_fields=[*touched, "updated_at"])
+        if entered and obj.state == Connection.State.NEEDS_REAUTH:
+            # Once no transaction is open: the new login must be shown to reach the same account.
+            transaction.on_commit(lambda: self._told(request, self._test(obj)))
+
+    def _told(self, request: HttpRequest, outcome: tuple[int, str]) -> None:
+        level, text = outcome
+        self.message_user(request, text, level)
 
     def _kept_credentials(self, obj: Connection) -> dict[str, str]:
         try:
@@ -286,34 +338,41 @@ class ConnectionAdmin(OwnAdmin):
         if not self.has_change_permission(request):
             raise PermissionDenied
         connection = self.get_object(request, object_id)
-        level, text = self._test(connection)
-        self.message_user(request, text, level)
+        self._told(request, self._test(connection))
         return self.back(connection)
 
     def _test(self, connection: Connection) -> tuple[int, str]:
         if connection.calls_us:
             return messages.INFO, f"{connection} calls the hub: there is nothing to test until its calls arrive."
         provider = PROVIDERS[connection.provider]
-        offers = provider.capabilities(connection)
         try:
             session = provider.session(connection)
             session.deadline = TEST_SECONDS
-            if offers.lists:
-                page = provider.page(session, connection, cursor=None, since=None, limit=1)
-                first = "It has customers." if page.records else "It has no customers yet."
-                return messages.SUCCESS, f"{connection} answers and accepts the login. {first}"
-            if not offers.fetches:
-                return messages.INFO, f"{provider.label} documents nothing to read: push one customer to see."
-            provider.fetch(session, connection, str(uuid7()))
-        except Gone:
-            return messages.SUCCESS, f"{connection} answers and accepts the login."
+            told = self._ask(provider, session, connection)
+            if connection.state == Connection.State.NEEDS_REAUTH:
+                account = provider.account_id(session, connection)
+                login.reconnect(connection, session=session, account_id=account, clock=timezone.now)
+                told = f"{told} It is used again, with a few customers first."
         except Rejected as error:
             return messages.WARNING, f"{connection} answers, with: {error.message}"
         except UnsealError as error:
             return messages.ERROR, f"The credentials cannot be read. {error}"
         except ConnectorError as error:
             return messages.ERROR, f"{connection} cannot be used now: {error.message}"
-        return messages.SUCCESS, f"{connection} answers and accepts the login."
+        return messages.SUCCESS, told
+
+    def _ask(self, provider: Provider, session: Session, connection: Connection) -> str:
+        """One read, and what it tells. Raises ConnectorError."""
+        offers = provider.capabilities(connection)
+        if not offers.lists and not offers.fetches:
+            return f"{provider.label} documents nothing to read: push one customer to see."
+        if offers.lists:
+            page = provider.page(session, connection, cursor=None, since=None, limit=1)
+            first = "It has customers." if page.records else "It has no customers yet."
+            return f"{connection} answers and accepts the login. {first}"
+        with suppress(Gone):
+            provider.fetch(session, connection, str(uuid7()))
+        return f"{connection} answers and accepts the login."
 
     def pull_view(self, request: HttpRequest, object_id: str) -> HttpResponse:
         if not self.has_pull_permission(request) or not self.has_view_permission(request):
@@ -396,6 +455,11 @@ class ConnectionAdmin(OwnAdmin):
         return self._set_state(request, object_id, Connection.State.PAUSED, f"{reason} ({by})")
 
     def resume_view(self, request: HttpRequest, object_id: str) -> HttpResponse:
+        if self.has_change_permission(request):
+            connection = self.get_object(request, object_id)
+            if connection.state == Connection.State.NEEDS_REAUTH:
+                self._told(request, self._test(connection))
+                return self.back(connection)
         return self._set_state(request, object_id, Connection.State.ACTIVE, "")
 
     def _set_state(self, request: HttpRequest, object_id: str, state: str, reason: str) -> HttpResponse:

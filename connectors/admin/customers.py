@@ -20,12 +20,13 @@ from django.urls import URLPattern, reverse
 from django.utils import timezone
 
 from connectors.admin.badges import connection_badge, connection_choices, link_badge, status_column, summary
-from connectors.exceptions import ConnectionUnusable
+from connectors.exceptions import ConnectionUnusable, RetryLater
 from connectors.models import Connection, CustomerLink
 from connectors.providers import PROVIDERS
 from connectors.sealing import UnsealError
 from connectors.states import STATUSES
-from connectors.sync.push import changed_values, push
+from connectors.sync.plan import changed_values
+from connectors.sync.push import push
 from connectors.sync.request import request as request_push
 from customers.admin import MOMENT, CustomerAdmin, actor_of, by_organization
 from customers.editing import EDITABLE, Actor
@@ -152,7 +153,7 @@ def push_now(*, customer: Customer, connections: Sequence[Connection], actor: Ac
 
 
 def _push_one(customer: Customer, connection: Connection, actor: Actor, *, in_time: bool) -> tuple[int, str]:
-    request_push(connection=connection, actor=actor, customer_ids=[customer.pk])
+    request_push(connection=connection, actor=actor, customer_ids=[customer.pk], urgent=True)
     if not in_time:
         return messages.INFO, f"The others took long: {connection.name} follows as soon as a worker is free."
     provider = PROVIDERS[connection.provider]
@@ -161,7 +162,7 @@ def _push_one(customer: Customer, connection: Connection, actor: Actor, *, in_ti
         session = provider.session(connection, request_id=actor.request_id)
         session.deadline = CALL_SECONDS
         outcome = push(connection=connection, provider=provider, session=session, customer_ids=[customer.pk])
-    except (ConnectionUnusable, UnsealError) as error:
+    except (ConnectionUnusable, RetryLater, UnsealError) as error:
         return (
             messages.ERROR,
             f"{connection.name} cannot be used: {error} {customer.name} waits until the connection is repaired.",
@@ -179,7 +180,7 @@ def _push_one(customer: Customer, connection: Connection, actor: Actor, *, in_ti
         )
     if key == "in_sync":
         return messages.INFO, f"Already up to date, nothing was sent to {connection.name}."
-    if key in ("waiting", "retrying") and connection.not_before and connection.not_before > now:
+    if key == "rate_limited" and connection.not_before is not None:
         return (
             messages.WARNING,
             f"{connection.name} asked to wait until {connection.not_before.strftime(MOMENT)}. It is sent then.",

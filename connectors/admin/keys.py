@@ -6,7 +6,9 @@ from typing import Any
 
 from django import forms
 from django.contrib import admin, messages
+from django.contrib.admin.helpers import ACTION_CHECKBOX_NAME
 from django.core.exceptions import PermissionDenied, ValidationError
+from django.db.models import Q, QuerySet
 from django.http import HttpRequest, HttpResponse
 from django.template.response import TemplateResponse
 from django.urls import URLPattern
@@ -22,7 +24,7 @@ from customers.theme import CheckboxSelectMultiple, ModelForm
 class ApiKeyForm(ModelForm):
     class Meta:
         model = ApiKey
-        fields = ("organization", "name", "scopes", "expires_at")
+        fields = ("organization", "name", "scopes", "expires_at", "rate")
 
     def clean_expires_at(self) -> Any:
         moment = self.cleaned_data["expires_at"]
@@ -31,13 +33,33 @@ class ApiKeyForm(ModelForm):
         return moment
 
 
+class StateFilter(admin.SimpleListFilter):
+    title = "state"
+    parameter_name = "state"
+
+    def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, str]]:
+        return [(str(value), str(label)) for value, label in ApiKey.State.choices]
+
+    def queryset(self, request: HttpRequest, queryset: QuerySet[ApiKey]) -> QuerySet[ApiKey]:
+        expired = Q(revoked_at=None, expires_at__lte=timezone.now())
+        match self.value():
+            case ApiKey.State.ACTIVE:
+                return queryset.filter(revoked_at=None).exclude(expired)
+            case ApiKey.State.EXPIRED:
+                return queryset.filter(expired)
+            case ApiKey.State.REVOKED:
+                return queryset.exclude(revoked_at=None)
+        return queryset
+
+
 @admin.register(ApiKey)
 class ApiKeyAdmin(OwnAdmin):
     form = ApiKeyForm
     change_form_template = "connectors/key_form.html"
     list_display = ["name", "prefix_shown", "organization", "scopes_shown", "state", "used", "expires"]
     list_select_related = ["organization"]
-    list_filter = [OrganizationFilter]
+    list_filter = [OrganizationFilter, StateFilter]
+    actions = ["revoke_selected"]
     search_fields = ["name", "prefix"]
 
     @admin.display(description="Key")
@@ -50,11 +72,11 @@ class ApiKeyAdmin(OwnAdmin):
 
     @admin.display(description="State")
     def state(self, key: ApiKey) -> str:
-        if key.revoked_at:
-            return badge("✕", "Revoked", "danger", title=f"Since {key.revoked_at.strftime(MOMENT)}")
-        if key.expires_at and key.expires_at <= timezone.now():
-            return badge("✕", "Expired", "danger")
-        return badge("✓", "Usable", "success")
+        state = key.state(now=timezone.now())
+        if state == ApiKey.State.ACTIVE:
+            return badge("✓", state.label, "success")
+        since = key.revoked_at or key.expires_at
+        return badge("✕", state.label, "danger", title=f"Since {since.strftime(MOMENT)}" if since else "")
 
     @admin.display(description="Last used", empty_value="never")
     def used(self, key: ApiKey) -> str | None:
@@ -66,11 +88,11 @@ class ApiKeyAdmin(OwnAdmin):
 
     def get_fields(self, request: HttpRequest, obj: ApiKey | None = None) -> list[Any]:
         if obj is None:
-            return ["organization", "name", "scopes", "expires_at"]
-        return ["organization", "name", "prefix_shown", "scopes_shown", "state", "used", "expires"]
+            return ["organization", "name", "scopes", "expires_at", "rate"]
+        return ["organization", "name", "prefix_shown", "scopes_shown", "rate", "state", "used", "expires"]
 
     def get_readonly_fields(self, request: HttpRequest, obj: ApiKey | None = None) -> list[str]:
-        return [name for name in self.get_fields(request, obj) if name != "name"] if obj else []
+        return [name for name in self.get_fields(request, obj) if name not in ("name", "rate")] if obj else []
 
     def formfield_for_dbfield(self, db_field: Any, request: HttpRequest, **kwargs: Any) -> Any:
         if db_field.name == "scopes":
@@ -85,10 +107,10 @@ class ApiKeyAdmin(OwnAdmin):
     @sensitive_variables("secret")
     def save_model(self, request: HttpRequest, obj: ApiKey, form: Any, change: bool) -> None:
         if change:
-            obj.save(update_fields=["name"])
+            obj.save(update_fields=["name", "rate"])
             return
         issued, secret = ApiKey.issue(
-            organization=obj.organization, name=obj.name, scopes=obj.scopes, expires_at=obj.expires_at
+            organization=obj.organization, name=obj.name, scopes=obj.scopes, expires_at=obj.expires_at, rate=obj.rate
         )
         obj.__dict__.update(issued.__dict__)
         request.issued_secret = secret  # type: ignore[attr-defined] # kept no longer than this request
@@ -126,9 +148,40 @@ class ApiKeyAdmin(OwnAdmin):
         return [self.posted("revoke", self.revoke_view), *super().get_urls()]
 
     def revoke_view(self, request: HttpRequest, object_id: str) -> HttpResponse:
+        """The first POST asks whether it is meant, the second revokes."""
         if not self.has_change_permission(request):
             raise PermissionDenied
         key = self.get_object(request, object_id)
-        ApiKey.objects.filter(pk=key.pk, revoked_at=None).update(revoked_at=timezone.now())
-        self.message_user(request, f"{key} is revoked: calls with it are refused from now on.", messages.SUCCESS)
-        return self.back(key)
+        if request.POST.get("confirmed"):
+            self._revoke(request, [key])
+            return self.back(key)
+        return self._confirmation(request, [key])
+
+    @admin.action(description="Revoke…", permissions=["change"])
+    def revoke_selected(self, request: HttpRequest, queryset: QuerySet[ApiKey]) -> HttpResponse | None:
+        """As `revoke_view`, for many."""
+        keys = list(queryset.filter(revoked_at=None).select_related("organization"))
+        if not keys:
+            self.message_user(request, "These keys are revoked already.", messages.WARNING)
+        elif request.POST.get("confirmed"):
+            self._revoke(request, keys)
+        else:
+            return self._confirmation(request, keys, action="revoke_selected")
+        return None
+
+    def _confirmation(self, request: HttpRequest, keys: list[ApiKey], *, action: str = "") -> HttpResponse:
+        context = {
+            **self.admin_site.each_context(request),
+            "title": "Revoke API keys" if len(keys) > 1 else f"Revoke {keys[0]}",
+            "opts": self.opts,
+            "rows": [(key, self.used(key) or "never") for key in keys],
+            "action": action,
+            "checkbox": ACTION_CHECKBOX_NAME,
+        }
+        return TemplateResponse(request, "connectors/key_revoke.html", context)
+
+    def _revoke(self, request: HttpRequest, keys: list[ApiKey]) -> None:
+        unrevoked = ApiKey.objects.filter(pk__in=[key.pk for key in keys], revoked_at=None)
+        number = unrevoked.update(revoked_at=timezone.now())
+        told = f"{keys[0]} is revoked" if len(keys) == 1 else f"{number} keys are revoked"
+        self.message_user(request, f"{told}: calls are refused from now on.", messages.SUCCESS)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import orjson
 from django.contrib import admin
 from django.db.models import Q, QuerySet
 from django.http import HttpRequest, HttpResponse
@@ -13,6 +12,7 @@ from django.utils import timezone
 from connectors.admin.badges import ConnectionFilter, link_badge, status_column
 from connectors.models import CustomerLink
 from connectors.states import STATUSES
+from customers import jsontext
 from customers.admin import MOMENT, ReadOnlyAdmin, link_to
 from customers.ids import parse_public_id
 from customers.normalize import email_key, name_key
@@ -21,7 +21,7 @@ INTENTS_SHOWN = 10
 
 
 def pretty(document: Any) -> str:
-    return orjson.dumps(document, option=orjson.OPT_INDENT_2).decode()
+    return jsontext.dumps(document, option=jsontext.INDENT).decode()
 
 
 class LinkStateFilter(admin.SimpleListFilter):

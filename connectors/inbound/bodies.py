@@ -13,6 +13,8 @@ from rest_framework.parsers import BaseParser
 from rest_framework.renderers import BaseRenderer
 from rest_framework.request import Request
 
+from customers import jsontext
+
 MAX_DEPTH = 32
 
 
@@ -22,7 +24,7 @@ class JSONRenderer(BaseRenderer):
     charset = None
 
     def render(self, data: Any, accepted_media_type: str | None = None, renderer_context: Any = None) -> bytes:
-        return b"" if data is None else orjson.dumps(data)
+        return b"" if data is None else jsontext.dumps(data)
 
 
 class JSONParser(BaseParser):

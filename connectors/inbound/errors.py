@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ from django.http import Http404
 from rest_framework import exceptions
 
 from connectors.inbound.bodies import TooLarge
+from connectors.inbound.idempotency import RETRY_AFTER, KeyFault, KeyInProgress
 from customers.editing import InvalidCustomer, UnknownCustomer
 
 logger = logging.getLogger(__name__)
@@ -21,9 +23,11 @@ logger = logging.getLogger(__name__)
 class Fault:
     """What went wrong with a request, before it takes a provider's shape.
 
-    kind    invalid, malformed, unauthorized, forbidden, not_found, method, failed
+    kind    invalid, malformed, unauthorized, forbidden, not_found, method, throttled, key_invalid, key_reused,
+            in_progress, failed
     fields  (path, message) pairs; a path is a tuple of names and positions into the body or the query
     missing the paths among them whose fault is that a required value is absent
+    headers what the answer says besides
     """
 
     status: int
@@ -31,6 +35,7 @@ class Fault:
     message: str
     fields: list[tuple[tuple[str | int, ...], str]] = field(default_factory=list)
     missing: frozenset[tuple[str | int, ...]] = frozenset()
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 def fault_of(error: Exception) -> Fault:
@@ -69,6 +74,21 @@ def fault_of(error: Exception) -> Fault:
             return Fault(status=403, kind="forbidden", message=str(error.detail))
         case exceptions.NotFound() | Http404() | UnknownCustomer():
             return Fault(status=404, kind="not_found", message="Customer not found.")
+        case exceptions.Throttled():
+            seconds = max(1, math.ceil(getattr(error, "wait", None) or 0))
+            return Fault(
+                status=429,
+                kind="throttled",
+                message=f"This API key makes too many requests. Wait {seconds} s.",
+                headers={"Retry-After": str(seconds)},
+            )
+        case KeyFault():
+            return Fault(
+                status=error.status_code,
+                kind=error.kind,
+                message=str(error.detail),
+                headers={"Retry-After": str(RETRY_AFTER)} if isinstance(error, KeyInProgress) else {},
+            )
         case exceptions.APIException():
             return Fault(status=error.status_code, kind="method", message=str(error.detail))
     logger.exception("an API request failed", exc_info=error)

@@ -31,10 +31,10 @@ class Flag(serializers.BooleanField):
 
 
 class Whole(serializers.IntegerField):
-    """A JSON whole number."""
+    """A JSON whole number. JSON knows one kind of number, so 5.0 is one, too."""
 
     def to_internal_value(self, data: Any) -> int:
-        if type(data) is not int:
+        if type(data) is not int and not (isinstance(data, float) and data.is_integer()):
             self.fail("invalid")
         number: int = super().to_internal_value(data)
         return number

@@ -14,6 +14,14 @@ from uuid import UUID
 
 from django.db import transaction
 from django.urls import re_path
+from drf_spectacular.utils import (
+    OpenApiExample,
+    OpenApiParameter,
+    OpenApiResponse,
+    extend_schema,
+    extend_schema_field,
+    extend_schema_serializer,
+)
 from rest_framework import serializers
 from rest_framework.exceptions import NotAuthenticated, NotFound
 from rest_framework.request import Request
@@ -26,7 +34,7 @@ from connectors.inbound.fields import Flag, Text, well_formed
 from connectors.inbound.mirror import Mirror
 from connectors.models import Connection, CustomerLink
 from connectors.outbound import Session, raise_for_answer
-from connectors.provider import Capabilities, Outgoing, Provider, Record
+from connectors.provider import Capabilities, Outgoing, Provider, Record, uuid_of
 from connectors.sealing import Secret
 from connectors.sync.receive import receive
 from customers import editing
@@ -52,11 +60,14 @@ CODES = {
     403: "FORBIDDEN",
     404: "NOT_FOUND",
     405: "METHOD_NOT_ALLOWED",
+    # Its 409 is a DUPLICATE, which this is not; of its 429 no code is published.
+    409: "REQUEST_IN_PROGRESS",
+    429: "TOO_MANY_REQUESTS",
 }
 
 
 def timestamp(moment: datetime) -> str:
-    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return f"{moment.astimezone(UTC).replace(tzinfo=None).isoformat(timespec='seconds')}Z"
 
 
 def moment_of(text: Any) -> datetime | None:
@@ -73,16 +84,19 @@ def parts_of(customer: Customer) -> tuple[str, str]:
     return (first, last) if first and join_name(first, last) == customer.name else split_name(customer.name)
 
 
+@extend_schema_field({"pattern": "[0-9]"})
 def dialable(text: str) -> None:
     if not phone_key(text):
         raise serializers.ValidationError("Give a phone number with country code, such as +1234567890.")
 
 
+@extend_schema_serializer(component_name="CheqpayNotificationOptions")
 class Notices(serializers.Serializer[Any]):
     notifyEmail = Flag(required=False)  # noqa: N815 # the wire name
     notifyPhone = Flag(required=False)  # noqa: N815 # the wire name
 
 
+@extend_schema_serializer(component_name="CheqpayCustomer")
 class Wire(serializers.Serializer[Any]):
     """The body of add-update. A key that is absent leaves what is stored; null empties it."""
 
@@ -156,6 +170,87 @@ WIRE = Wire()
 ANSWERED = Answered()
 
 
+@extend_schema_serializer(component_name="CheqpayNotificationsShown")
+class NoticesShown(serializers.Serializer[Any]):
+    notifyEmail = serializers.BooleanField()  # noqa: N815 # the wire name
+    notifyPhone = serializers.BooleanField()  # noqa: N815 # the wire name
+
+
+@extend_schema_serializer(component_name="CheqpayCustomer")
+class Shown(serializers.Serializer[Any]):
+    """A customer of a merchant."""
+
+    externalId = serializers.CharField()  # noqa: N815 # the wire name
+    firstName = serializers.CharField()  # noqa: N815 # the wire name
+    lastName = serializers.CharField(allow_null=True)  # noqa: N815 # the wire name
+    email = serializers.CharField(allow_null=True)
+    phoneNumber = serializers.CharField(allow_null=True)  # noqa: N815 # the wire name
+    active = serializers.BooleanField()
+    notificationOptions = NoticesShown()  # noqa: N815 # the wire name
+    createdAt = serializers.DateTimeField()  # noqa: N815 # the wire name
+    updatedAt = serializers.DateTimeField()  # noqa: N815 # the wire name
+
+
+@extend_schema_serializer(component_name="CheqpayErrorDetail")
+class WrongField(serializers.Serializer[Any]):
+    field = serializers.CharField()
+    message = serializers.CharField()
+
+
+@extend_schema_serializer(component_name="CheqpayErrorBody")
+class RefusalBody(serializers.Serializer[Any]):
+    code = serializers.ChoiceField(choices=[*CODES.values(), "INTERNAL_ERROR"])
+    message = serializers.CharField()
+    details = WrongField(many=True, required=False, help_text="Only where the request is not valid.")
+
+
+@extend_schema_serializer(component_name="CheqpayError")
+class Refusal(serializers.Serializer[Any]):
+    error = RefusalBody()
+
+
+GIVEN_EXAMPLE = {
+    "externalId": "CUST-123",
+    "firstName": "John",
+    "lastName": "Doe",
+    "email": "john.doe@example.com",
+    "phoneNumber": "+1234567890",
+    "active": True,
+    "notificationOptions": {"notifyEmail": False, "notifyPhone": False},
+}
+ONE = OpenApiResponse(
+    Shown,
+    description="The customer.",
+    examples=[
+        OpenApiExample(
+            "A customer",
+            value={**GIVEN_EXAMPLE, "createdAt": "2024-03-20T10:00:00Z", "updatedAt": "2024-03-20T10:00:00Z"},
+        )
+    ],
+)
+REFUSED = {
+    400: OpenApiResponse(
+        Refusal,
+        description="The request is not valid. Nothing was stored.",
+        examples=[
+            OpenApiExample(
+                "A field is missing",
+                value={
+                    "error": {
+                        "code": "VALIDATION_ERROR",
+                        "message": "Invalid request parameters",
+                        "details": [{"field": "firstName", "message": "This field is required."}],
+                    }
+                },
+            )
+        ],
+    ),
+    401: OpenApiResponse(Refusal, description="The API key or the merchant id is missing or not valid."),
+    403: OpenApiResponse(Refusal, description="The API key lacks the scope."),
+    500: OpenApiResponse(Refusal, description="Something went wrong in the hub."),
+}
+
+
 class MerchantKey(BearerKey):
     """`x-api-key: <key>`; the guides' `Authorization: Bearer <key>` where that is absent."""
 
@@ -169,6 +264,7 @@ class MerchantKey(BearerKey):
 class Customers(Mirror):
     provider = "cheqpay"
     authentication_classes = [MerchantKey]
+    telling_headers = (*Mirror.telling_headers, "x-merchant-id")
     merchant: Connection
 
     def initial(self, request: Request, *args: Any, **kwargs: Any) -> None:
@@ -189,6 +285,14 @@ class Customers(Mirror):
             error["details"] = [{"field": dotted(path), "message": text} for path, text in fault.fields]
         return {"error": error}
 
+    @extend_schema(
+        operation_id="createOrUpdateCustomer",
+        summary="Create or change a customer",
+        description="A field that is left out stays as it is; null empties it.",
+        request=Wire,
+        responses={200: ONE, **REFUSED},
+        examples=[OpenApiExample("A customer", value=GIVEN_EXAMPLE, request_only=True)],
+    )
     def add_update(self, request: Request) -> Response:
         body: Any = request.data
         given = WIRE.run_validation(body)
@@ -217,6 +321,17 @@ class Customers(Mirror):
             return None
         return editing.lock(organization=self.organization, ids=[customer_id])[customer_id]
 
+    @extend_schema(
+        operation_id="getCustomerByExternalId",
+        summary="Read a customer",
+        parameters=[
+            OpenApiParameter(
+                "external_id", str, OpenApiParameter.PATH, description="The `externalId` of the merchant's system."
+            )
+        ],
+        request=None,
+        responses={200: ONE, **REFUSED, 404: OpenApiResponse(Refusal, description="There is no such customer.")},
+    )
     def retrieve(self, request: Request, external_id: str = "add-update") -> Response:
         # An id may itself end in a slash; only when there is none such is the last slash part of the address.
         wanted = (external_id, external_id.removesuffix("/"))
@@ -243,6 +358,9 @@ class Cheqpay(Provider):
 
     def headers(self, *, account: str, credentials: Mapping[str, str]) -> dict[str, str | Secret]:
         return {"x-api-key": Secret(credentials.get("api_key", "")), "x-merchant-id": account}
+
+    def marker(self, document: Mapping[str, Any]) -> UUID | None:
+        return uuid_of(document.get("externalId"))
 
     def capabilities(self, connection: Connection) -> Capabilities:
         return Capabilities(upsert_external_id=True, fetches=True)

@@ -16,6 +16,13 @@ from uuid import UUID
 from django.db.models import Prefetch, QuerySet, prefetch_related_objects
 from django.templatetags.static import static
 from django.urls import re_path
+from drf_spectacular.utils import (
+    OpenApiExample,
+    OpenApiParameter,
+    OpenApiResponse,
+    extend_schema,
+    extend_schema_serializer,
+)
 from rest_framework import serializers
 from rest_framework.exceptions import NotFound
 from rest_framework.request import Request
@@ -42,9 +49,10 @@ ADDRESSES = tuple(
 
 
 def timestamp(moment: datetime | None) -> str | None:
-    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ") if moment else None
+    return f"{moment.astimezone(UTC).replace(tzinfo=None).isoformat(timespec='seconds')}Z" if moment else None
 
 
+@extend_schema_serializer(component_name="LinksCustomer")
 class Wire(serializers.Serializer[Any]):
     """A customer in Links' words. Keys outside the request table are read-only: they are ignored when sent."""
 
@@ -101,8 +109,135 @@ class Wire(serializers.Serializer[Any]):
 WIRE = Wire()
 
 
+@extend_schema_serializer(component_name="LinksCustomer")
+class Shown(serializers.Serializer[Any]):
+    """A customer, and the leading one of the systems that know it."""
+
+    id = serializers.RegexField(r"^cust_[0-9A-Za-z]+$")
+    source_system = serializers.CharField(allow_null=True)
+    source_system_img_url = serializers.URLField(allow_null=True)
+    source_id = serializers.CharField(allow_null=True)
+    external_system_provider_id = serializers.CharField(allow_null=True)
+    external_system_config_id = serializers.CharField(allow_null=True)
+    external_system_data = serializers.DictField(allow_null=True)
+    supporting_data_definition_id = serializers.CharField(allow_null=True)
+    email = serializers.CharField(help_text="Empty where the hub knows none.")
+    name = serializers.CharField()
+    phone = serializers.CharField(allow_null=True)
+    is_primary = serializers.BooleanField()
+    local_was_deleted = serializers.BooleanField(help_text="Archived in the hub, not yet confirmed by the source.")
+    local_was_updated = serializers.BooleanField(help_text="Changed in the hub, not yet accepted by the source.")
+    source_data_created_at = serializers.DateTimeField(allow_null=True)
+    is_active = serializers.BooleanField()
+
+    def get_fields(self) -> dict[str, serializers.Field[Any, Any, Any, Any]]:
+        return super().get_fields() | {name: serializers.CharField(allow_null=True) for name in ADDRESSES}
+
+
+@extend_schema_serializer(component_name="LinksCustomerAnswer")
+class ShownOne(serializers.Serializer[Any]):
+    data = Shown()  # type: ignore[assignment] # hides Serializer.data, which is not used to describe
+
+
+@extend_schema_serializer(component_name="LinksCustomerList")
+class ShownPage(serializers.Serializer[Any]):
+    data = Shown(many=True)  # type: ignore[assignment] # as above
+    page = serializers.IntegerField(min_value=1)
+    limit = serializers.IntegerField(min_value=1, max_value=100)
+    totalPages = serializers.IntegerField(min_value=0)  # noqa: N815 # the wire name
+    totalResults = serializers.IntegerField(min_value=0)  # noqa: N815 # the wire name
+
+
+@extend_schema_serializer(component_name="LinksError")
+class Refusal(serializers.Serializer[Any]):
+    message = serializers.CharField()
+    errors = serializers.DictField(  # type: ignore[assignment] # hides Serializer.errors, as above
+        child=serializers.ListField(child=serializers.CharField()), help_text="The wrong fields by name."
+    )
+
+
+GIVEN_EXAMPLE = OpenApiExample(
+    "A customer", value={"email": "customer@example.com", "name": "Acme Corp"}, request_only=True
+)
+SHOWN_EXAMPLE = {
+    "id": "cust_12345",
+    "source_system": "salesforce",
+    "source_system_img_url": "https://cdn.example.com/salesforce.png",
+    "source_id": "sf_98765",
+    "external_system_provider_id": "provider_001",
+    "external_system_config_id": "config_abc",
+    "external_system_data": {"custom_field": "value"},
+    "supporting_data_definition_id": "support_001",
+    "email": "customer@example.com",
+    "name": "Acme Corp",
+    "address_line1": "123 Main St",
+    "address_line2": "Suite 456",
+    "address_city": "Los Santos",
+    "address_country": "USA",
+    "address_state": "California",
+    "address_postal_code": "90001",
+    "shipping_address_line1": "789 Market St",
+    "shipping_address_line2": "Floor 2",
+    "shipping_address_city": "San Fierro",
+    "shipping_address_country": "USA",
+    "shipping_address_state": "Nevada",
+    "shipping_address_postal_code": "94103",
+    "phone": "+123456789",
+    "is_primary": True,
+    "local_was_deleted": False,
+    "local_was_updated": True,
+    "source_data_created_at": "2024-01-01T12:00:00Z",
+    "is_active": True,
+}
+ONE = OpenApiResponse(
+    ShownOne,
+    description="The customer.",
+    examples=[OpenApiExample("A customer", value={"data": SHOWN_EXAMPLE})],
+)
+REFUSED = {
+    400: OpenApiResponse(
+        Refusal,
+        description="The request is not valid. Nothing was stored.",
+        examples=[
+            OpenApiExample(
+                "A field is missing",
+                value={
+                    "message": "name: This field is required.",
+                    "errors": {"name": ["This field is required."]},
+                },
+            )
+        ],
+    ),
+    401: OpenApiResponse(Refusal, description="The API key is missing or not valid."),
+    403: OpenApiResponse(Refusal, description="The API key lacks the scope."),
+    500: OpenApiResponse(Refusal, description="Something went wrong in the hub."),
+}
+UNKNOWN = {404: OpenApiResponse(Refusal, description="There is no such customer.")}
+CUSTOMER_ID = OpenApiParameter(
+    "unified_customer_id",
+    str,
+    OpenApiParameter.PATH,
+    description="An id from an earlier answer. That of a merged customer leads to the survivor.",
+)
+
+
+# What is read of a leading link: its documents and its connection's columns are many.
+SHOWN = (
+    "customer_id",
+    "remote_id",
+    "remote_data",
+    "remote_created_at",
+    "pushed_version",
+    "needed_version",
+    "deleted_at",
+    "created_at",
+    "connection__provider",
+    "connection__uid",
+)
+
+
 def leading_links() -> Prefetch[Any]:
-    links = CustomerLink.objects.filter(is_primary=True).select_related("connection")
+    links = CustomerLink.objects.filter(is_primary=True).select_related("connection").only(*SHOWN)
     return Prefetch("links", queryset=links, to_attr="leading_links")
 
 
@@ -113,6 +248,7 @@ class ListQuery(serializers.Serializer[Any]):
 
 class UnifiedCustomers(Mirror):
     provider = "links"
+    list_query: ClassVar[type[serializers.Serializer[Any]]] = ListQuery
 
     def fault(self, fault: Fault) -> Mapping[str, Any]:
         errors: dict[str, list[str]] = {}
@@ -138,6 +274,13 @@ class UnifiedCustomers(Mirror):
             raise NotFound
         return customer
 
+    @extend_schema(
+        operation_id="createUnifiedCustomer",
+        summary="Create a customer",
+        request=Wire,
+        responses={201: ONE, **REFUSED},
+        examples=[GIVEN_EXAMPLE],
+    )
     def create(self, request: Request) -> Response:
         values = WIRE.read(request.data)
         [received] = receive(
@@ -148,27 +291,74 @@ class UnifiedCustomers(Mirror):
         )
         # Systems that new customers are sent to at once have their links by now.
         prefetch_related_objects([received.customer], leading_links())
-        return Response({"data": self.shown(received.customer)}, status=201)
+        return self.answer(received.customer, status=201)
 
+    @extend_schema(
+        operation_id="updateUnifiedCustomer",
+        summary="Change a customer",
+        description="A field that is left out stays as it is; null empties it. Fields that are not listed are ignored.",
+        parameters=[CUSTOMER_ID],
+        request=Wire,
+        responses={200: ONE, **REFUSED, **UNKNOWN},
+        examples=[GIVEN_EXAMPLE],
+    )
     def update(self, request: Request, unified_customer_id: str) -> Response:
         customer = self.find(unified_customer_id)
-        values = WIRE.read(request.data)
+        self.change(customer, WIRE.read(request.data))
+        return self.answer(self.find(unified_customer_id))
+
+    @extend_schema(
+        operation_id="getUnifiedCustomerById",
+        summary="Read a customer",
+        parameters=[CUSTOMER_ID],
+        request=None,
+        responses={200: ONE, **REFUSED, **UNKNOWN},
+    )
+    def retrieve(self, request: Request, unified_customer_id: str) -> Response:
+        return self.answer(self.find(unified_customer_id))
+
+    @extend_schema(
+        operation_id="getPaginatedUnifiedCustomerLists",
+        summary="List customers",
+        parameters=[ListQuery],
+        request=None,
+        responses={
+            200: OpenApiResponse(
+                ShownPage,
+                description="One page. Past the last, `data` is empty.",
+                examples=[
+                    OpenApiExample(
+                        "A page",
+                        value={"data": [SHOWN_EXAMPLE], "page": 1, "limit": 10, "totalPages": 5, "totalResults": 50},
+                    )
+                ],
+            ),
+            **REFUSED,
+        },
+    )
+    def list(self, request: Request) -> Response:
+        return self.listed(read_query(self.list_query, request))
+
+    def change(self, customer: Customer, values: Mapping[str, Any]) -> None:
         receive(
             organization=self.organization,
             connection=None,
             records=[Record(values=values, customer_id=customer.pk)],
             actor=self.actor,
         )
-        return Response({"data": self.shown(self.find(unified_customer_id))})
 
-    def retrieve(self, request: Request, unified_customer_id: str) -> Response:
-        return Response({"data": self.shown(self.find(unified_customer_id))})
+    def listed(self, query: Mapping[str, Any]) -> Response:
+        """The answer to a list that `list_query` has read."""
+        rows = self.customers().filter(archived_at=None, merged_into=None)
+        return self.page(rows, page=query["page"], limit=query["limit"])
 
-    def list(self, request: Request) -> Response:
-        query = read_query(ListQuery, request)
-        page, limit = query["page"], query["limit"]
-        rows = self.customers().filter(archived_at=None)
-        total = Customer.objects.filter(organization=self.organization, archived_at=None).count()
+    def answer(self, customer: Customer, *, status: int = 200) -> Response:
+        """The documented answer that shows one customer. Its leading link is loaded."""
+        return Response({"data": self.shown(customer)}, status=status)
+
+    def page(self, rows: QuerySet[Customer], *, page: int, limit: int) -> Response:
+        """The documented answer that shows a page of these."""
+        total = rows.count()
         first = (page - 1) * limit
         shown = [self.shown(c) for c in rows.order_by("id")[first : first + limit]] if first < total else []
         return Response(

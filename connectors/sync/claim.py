@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Collection
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from uuid import UUID
 
@@ -15,17 +16,26 @@ from django.db import connection as database
 from django.db.models import F, Q, QuerySet
 
 from connectors.models import Connection, CustomerLink
+from connectors.states import LinkState
 
-# A call may take half of this. What has not begun by then is given back.
-LEASE = timedelta(seconds=70)
+# A call may take half of this. It is renewed while work goes on.
+LEASE = timedelta(seconds=60)
+
+
+@dataclass(kw_only=True)
+class Claim:
+    """Links that `token` holds. `died` tells until when a worker that never answered held one of them."""
+
+    token: str
+    links: list[CustomerLink]
+    died: dict[int, datetime] = field(default_factory=dict)
 
 
 def due(*, now: datetime) -> Q:
-    """Links that wait to be sent and that nobody holds."""
+    """Links that wait to be sent and that nobody holds. Of duplicates, those whose create has yet to be found."""
     free = Q(lease_until=None) | Q(lease_until__lte=now)
-    return free & Q(
-        pushed_version__lt=F("needed_version"), next_attempt_at__lte=now, is_duplicate=False, deleted_at=None
-    )
+    sent_to = Q(is_duplicate=False) | Q(state=LinkState.UNCERTAIN)
+    return free & sent_to & Q(pushed_version__lt=F("needed_version"), next_attempt_at__lte=now, deleted_at=None)
 
 
 def due_connections(*, now: datetime) -> QuerySet[Connection]:
@@ -33,6 +43,7 @@ def due_connections(*, now: datetime) -> QuerySet[Connection]:
     waiting = CustomerLink.objects.filter(due(now=now)).values("connection_id").distinct()
     return Connection.objects.filter(
         Q(not_before=None) | Q(not_before__lte=now),
+        Q(breaker_until=None) | Q(breaker_until__lte=now),
         pk__in=waiting,
         direction__in=Connection.PUSHING,
         state=Connection.State.ACTIVE,
@@ -40,26 +51,46 @@ def due_connections(*, now: datetime) -> QuerySet[Connection]:
 
 
 def claim(
-    *, connection: Connection, now: datetime, limit: int, customer_ids: Collection[UUID] | None = None
-) -> tuple[str, list[CustomerLink]]:
-    """A fresh token and the due links it now holds, customers loaded. Call it inside the transaction that writes the
-    intents: lease and intent become visible together.
+    *,
+    connection: Connection,
+    now: datetime,
+    limit: int,
+    customer_ids: Collection[UUID] | None = None,
+    token: str = "",
+    but: Collection[int] = (),
+) -> Claim:
+    """Due links under the token, or a fresh one, customers loaded, less those in `but`; the caller stores token and
+    time. Call it inside the transaction that writes the intents: lease and intent become visible together.
+
+    A link on which a worker died is claimed alone, so that it takes no others with it when it kills the next one.
     """
     rows = CustomerLink.objects.filter(due(now=now), connection=connection)
     if customer_ids is not None:
         rows = rows.filter(customer_id__in=customer_ids)
+    if but:
+        rows = rows.exclude(pk__in=but)
     # SQLite ignores the row lock: there the IMMEDIATE transaction keeps others out.
     rows = rows.select_for_update(
         skip_locked=database.features.has_select_for_update_skip_locked,
         of=("self",) if database.features.has_select_for_update_of else (),
     )
-    links = list(rows.select_related("customer").order_by("next_attempt_at", "pk")[:limit])
-    token = secrets.token_hex(16)
+    rows = rows.select_related("customer").order_by(F("urgent").desc(), "next_attempt_at", "pk")
+    links = list(rows[:limit])
+    if links and links[0].crashes:
+        links = links[:1]
+    links = links[:1] + [link for link in links[1:] if not link.crashes]
+    held_before = {link.pk: link.lease_until for link in links if link.lease_token}
+    token = token or secrets.token_hex(16)
     for link in links:
         link.connection = connection
         link.lease_token = token
         link.lease_until = now + LEASE
-    return token, links
+    return Claim(token=token, links=links, died={pk: until for pk, until in held_before.items() if until})
+
+
+def renew(*, token: str, links: Collection[int], now: datetime) -> int:
+    """Hold on to those of these links that the token still holds. Returns how many they are."""
+    return CustomerLink.objects.filter(pk__in=links, lease_token=token).update(lease_until=now + LEASE)
 
 
 def held(*, token: str, links: Collection[CustomerLink]) -> dict[int, CustomerLink]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 from django.conf import settings
 from django.db import connection as database
 from django.db.models import Case, F, OuterRef, Q, Subquery, Value, When
-from django.utils import timezone
 
 from connectors.models import Connection, CustomerLink
 from connectors.states import WAITING, LinkState
@@ -23,24 +22,35 @@ def mark_dirty(
     organization: Organization,
     changes: Sequence[Changed],
     actor: Actor,
+    at: datetime,
     mapped: Mapping[str, frozenset[str]],
 ) -> None:
     """Raise `needed_version` on the links whose system maps a field that moved. `mapped` is each provider's fields.
 
-    A rejected link is released: its record is another one now. An uncertain or conflicting one keeps waiting.
+    Where records of archived customers are deleted, archiving and restoring count as such a field. A rejected link is
+    released: its record is another one now. An uncertain or conflicting one keeps waiting. None becomes due before a
+    lost request to it must be dead.
     """
-    now = timezone.now()
     concerned = Q()
     groups: dict[tuple[str, ...], list[object]] = {}
+    archived = []
     for change in changes:
         if change.created:
             continue
+        if "archived_at" in change.fields:
+            archived.append(change.customer_id)
         providers = tuple(sorted(slug for slug, fields in mapped.items() if fields & change.fields))
         if providers:
             groups.setdefault(providers, []).append(change.customer_id)
     for providers, ids in groups.items():
         concerned |= Q(connection__provider__in=providers, customer_id__in=ids)
-    if groups:
+    if archived:
+        concerned |= Q(
+            customer_id__in=archived,
+            remote_id__isnull=False,
+            connection__archive_policy=Connection.ArchivePolicy.DELETE,
+        )
+    if concerned:
         version = Customer.objects.filter(pk=OuterRef("customer_id")).values("version")
         rows = CustomerLink.objects.filter(
             concerned, connection__direction__in=Connection.PUSHING, is_duplicate=False, deleted_at=None
@@ -48,21 +58,27 @@ def mark_dirty(
         # Locked in the order in which a push locks them, so that the two never wait for each other in a circle.
         of = ("self",) if database.features.has_select_for_update_of else ()
         locked = list(rows.order_by("pk").select_for_update(of=of).values_list("pk", flat=True))
+        when = at + timedelta(seconds=settings.PUSH_DEBOUNCE_SECONDS)
+        waits = Q(state__in=WAITING)
         CustomerLink.objects.filter(pk__in=locked).update(
             needed_version=Subquery(version),
             next_attempt_at=Case(
-                When(state__in=WAITING, then=F("next_attempt_at")),
-                default=Value(now + timedelta(seconds=settings.PUSH_DEBOUNCE_SECONDS)),
+                When(waits, then=F("next_attempt_at")),
+                When(hold_until__gt=when, then=F("hold_until")),
+                default=Value(when),
             ),
-            state=Case(When(state__in=WAITING, then=F("state")), default=Value(LinkState.OPEN.value)),
-            attempts=0,
-            updated_at=now,
+            state=Case(When(waits, then=F("state")), default=Value(LinkState.OPEN.value)),
+            attempts=Case(When(waits, then=F("attempts")), default=Value(0)),
+            failing_since=Case(When(waits, then=F("failing_since")), default=None),
+            fingerprint=Case(When(waits, then=F("fingerprint")), default=Value("")),
+            crashes=Case(When(waits, then=F("crashes")), default=Value(0)),
+            updated_at=at,
         )
     if created := [change for change in changes if change.created]:
-        _link_new(organization, created, actor)
+        _link_new(organization, created, actor, at)
 
 
-def _link_new(organization: Organization, created: Sequence[Changed], actor: Actor) -> None:
+def _link_new(organization: Organization, created: Sequence[Changed], actor: Actor, at: datetime) -> None:
     """Give new customers a link in each connection that sends them at once, but not back to where they came from."""
     connections = Connection.objects.filter(
         organization=organization,
@@ -71,7 +87,6 @@ def _link_new(organization: Organization, created: Sequence[Changed], actor: Act
     )
     if actor.kind == CustomerChange.Actor.CONNECTION:
         connections = connections.exclude(pk=actor.id)
-    now = timezone.now()
     bulk.insert(
         [
             CustomerLink(
@@ -80,9 +95,9 @@ def _link_new(organization: Organization, created: Sequence[Changed], actor: Act
                 connection=connection,
                 needed_version=change.version,
                 is_primary=position == 0,
-                next_attempt_at=now,
-                created_at=now,
-                updated_at=now,
+                next_attempt_at=at,
+                created_at=at,
+                updated_at=at,
             )
             for position, connection in enumerate(connections)
             for change in created

@@ -8,43 +8,42 @@ from __future__ import annotations
 
 import logging
 import random
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
-from typing import Any
 from uuid import UUID
 
-from django.db import DatabaseError, transaction
-from django.utils import timezone
+from django.db import transaction
 
-from connectors.exceptions import ConnectionUnusable, ConnectorError, OutcomeUnknown, Rejected, RetryLater
-from connectors.models import Connection, CustomerLink, PushIntent, SyncRun
-from connectors.outbound import Session
-from connectors.provider import Outgoing, Provider
-from connectors.sync import runs
-from connectors.sync.claim import LEASE, claim
-from connectors.sync.merge import same
-from connectors.sync.settle import (
-    REFUSED,
-    SKIPPED,
-    UNCERTAIN,
-    UNCHANGED,
-    NotSent,
-    Sending,
-    Settled,
-    Slice,
-    settle,
+from connectors.exceptions import (
+    ConnectionUnusable,
+    ConnectorError,
+    Gone,
+    OutcomeUnknown,
+    Rejected,
+    RetryLater,
 )
+from connectors.models import Connection, CustomerLink, Issue, PushIntent, SyncRun
+from connectors.outbound import Session
+from connectors.provider import Provider, Record
+from connectors.sync import issues, limits, runs
+from connectors.sync.claim import LEASE, claim, due, renew
+from connectors.sync.clock import database_clock
+from connectors.sync.plan import plan, repeatable
+from connectors.sync.settle import CRASHES, INTENT_COLUMNS, insert_intents, settle, unanswered
+from connectors.sync.steps import REFUSED, UNCERTAIN, Found, NotSent, Sending, Settled, Slice, Step, our_fault
 from customers import bulk
-from customers.ids import uuid7
-from customers.models import Customer
 
 logger = logging.getLogger(__name__)
 
 Clock = Callable[[], datetime]
-CLAIM_ROWS = 100
+CLAIM_ROWS = 50
 CONCURRENT_CALLS = 8
+# While nothing may be sent: how often to look whether the work is to stop.
+NAP = 0.25
 
 
 def push(
@@ -55,8 +54,9 @@ def push(
     customer_ids: Collection[UUID] | None = None,
     limit: int | None = None,
     until: datetime | None = None,
-    clock: Clock = timezone.now,
+    clock: Clock = database_clock,
     rng: random.Random | None = None,
+    sleep: Callable[[float], None] = time.sleep,
     stop: Callable[[], bool] = lambda: False,
     progress: Callable[[Mapping[str, int]], None] = lambda totals: None,
 ) -> Counter[str]:
@@ -67,27 +67,15 @@ def push(
     """
     part = Slice(
         connection=connection,
-        capabilities=provider.capabilities(connection),
+        provider=provider,
         clock=clock,
         rng=rng or random.Random(),
+        sleep=sleep,
+        stop=stop,
+        until=until,
     )
     try:
-        while not stop() and (limit is None or part.totals.total() < limit):
-            now = clock()
-            # Another worker may have been told to wait, or a person may have paused it.
-            connection.refresh_from_db(fields=["not_before", "state"])
-            if connection.state != Connection.State.ACTIVE:
-                break
-            if (until is not None and now >= until) or (connection.not_before and connection.not_before > now):
-                break
-            rows = CLAIM_ROWS if limit is None else min(CLAIM_ROWS, limit - part.totals.total())
-            token, sendings, settled = _prepare(part, provider, customer_ids, rows, now)
-            if not sendings and not settled:
-                break
-            settle(part, token=token, settled=settled)
-            if sendings:
-                _send(part, provider, session, token, sendings, stop)
-            progress(part.totals)
+        _Sender(part, session, customer_ids=customer_ids, limit=limit, progress=progress).run()
     finally:
         if part.own is not None:
             runs.finish(run=part.own, at=clock())
@@ -95,190 +83,495 @@ def push(
 
 
 @transaction.atomic
-def _prepare(
-    part: Slice, provider: Provider, customer_ids: Collection[UUID] | None, rows: int, now: datetime
+def prepare(
+    part: Slice,
+    *,
+    rows: int,
+    customer_ids: Collection[UUID] | None = None,
+    token: str = "",
+    but: Collection[int] = (),
 ) -> tuple[str, list[Sending], list[Settled]]:
-    """Claim links and write down what is about to be sent."""
-    token, links = claim(connection=part.connection, now=now, limit=rows, customer_ids=customer_ids)
+    """Claim links, under `token` if there is one already, and write down what is about to be sent."""
+    now = part.clock()
+    claimed = claim(connection=part.connection, now=now, limit=rows, customer_ids=customer_ids, token=token, but=but)
+    links = claimed.links
     if not links:
-        return token, [], []
+        return claimed.token, [], []
     sendings: list[Sending] = []
     settled: list[Settled] = []
-    earlier = _unanswered(links)
+    earlier = unanswered(links)
     for link in links:
         intent = earlier.get(link.pk)
         if intent is not None and intent.outcome == PushIntent.Outcome.OPEN:
-            # Its worker died with the lease: the request may have been applied.
-            intent.outcome = PushIntent.Outcome.UNCERTAIN
-            intent.hold_until = intent.sent_at + LEASE / 2 + timedelta(seconds=part.capabilities.max_request_life)
-        if intent is not None and intent.kind == PushIntent.Kind.CREATE and not link.remote_id:
-            if part.capabilities.upsert_external_id:
-                # Frozen payload, same marker: repeating it changes nothing. What is newer follows as an update.
-                intent.outcome, intent.sent_at = PushIntent.Outcome.OPEN, now
-                sendings.append(_sending(link, intent))
-            else:
-                lost = Rejected("The answer to a create was lost, and this system offers no way to look it up.")
-                settled.append(Settled(link=link, outcome=UNCERTAIN, error=lost))
-        elif intent is not None and intent.hold_until and intent.hold_until > now:
-            # No newer patch while the lost one may still be applied: it would land last.
-            settled.append(Settled(link=link, outcome=SKIPPED, again=intent.hold_until))
+            _died(part, link, intent, claimed.died.get(link.pk), now)
+        try:
+            if link.crashes >= CRASHES:
+                settled.append(_suspect(part, link, intent, now))
+                continue
+            following = plan(link, intent, provider=part.provider, now=now)
+        except Rejected as error:
+            following = Settled(link=link, outcome=REFUSED, error=error)
+        except Exception as error:  # a fault in a provider's code parks this record and spares the others
+            logger.exception("the connector of %s failed", part.provider.slug)
+            fault = Rejected(f"The connector failed: {type(error).__name__}.", code="internal")
+            following = Settled(link=link, outcome=REFUSED, error=fault)
+        if isinstance(following, Settled):
+            settled.append(following)
         else:
-            if intent is not None:
-                intent.outcome = PushIntent.Outcome.FAILED
-            try:
-                fresh = _intent(link, provider, now)
-            except Rejected as error:
-                settled.append(Settled(link=link, outcome=REFUSED, error=error))
-                continue
-            except Exception as error:  # a fault in a provider's code parks this record and spares the others
-                logger.exception("the connector of %s failed", provider.slug)
-                fault = Rejected(f"The connector failed: {type(error).__name__}.", code="internal")
-                settled.append(Settled(link=link, outcome=REFUSED, error=fault))
-                continue
-            if fresh is None:
-                settled.append(Settled(link=link, outcome=UNCHANGED))
-            else:
-                sendings.append(_sending(link, fresh))
-    bulk.update(links, ("lease_token", "lease_until"))
-    bulk.update(list(earlier.values()), ("outcome", "sent_at", "hold_until"))
-    new = [sending.intent for sending in sendings if sending.intent.pk is None]
-    bulk.insert(new)
-    made = dict(PushIntent.objects.filter(key__in=[i.key for i in new]).values_list("key", "pk")) if new else {}
-    for intent in new:
-        intent.pk = made[intent.key]
+            sendings.append(following)
+    bulk.update(links, ("lease_token", "lease_until", "crashes", "hold_until"))
+    bulk.update(list(earlier.values()), INTENT_COLUMNS)
+    insert_intents(sendings)
     if run_ids := {link.run_id for link in links if link.run_id}:
         queued = SyncRun.objects.filter(pk__in=run_ids, state=SyncRun.State.QUEUED).order_by("pk")
         queued = SyncRun.objects.filter(pk__in=[run.pk for run in queued.select_for_update()])
         queued.update(state=SyncRun.State.RUNNING, started_at=now)
-    return token, sendings, settled
+    return claimed.token, sendings, settled
 
 
-def _unanswered(links: Sequence[CustomerLink]) -> dict[int, PushIntent]:
-    waiting = (PushIntent.Outcome.OPEN, PushIntent.Outcome.UNCERTAIN)
-    rows = PushIntent.objects.filter(link__in=[link.pk for link in links], outcome__in=waiting).order_by("pk")
-    return {intent.link_id: intent for intent in rows}
+def _died(part: Slice, link: CustomerLink, intent: PushIntent, held_until: datetime | None, now: datetime) -> None:
+    """Its worker never answered: the request may have been applied, or may still be. Never "not sent"."""
+    intent.outcome = PushIntent.Outcome.UNCERTAIN
+    intent.lost += 1
+    # A call begins while half of the lease is left, so it had ended when the lease did.
+    ended = held_until or now + LEASE / 2
+    intent.hold_until = ended + timedelta(seconds=part.capabilities.max_request_life)
+    if intent.kind == PushIntent.Kind.CREATE and part.capabilities.upsert_external_id:
+        link.hold_until = max(link.hold_until or intent.hold_until, intent.hold_until)
+    if held_until is not None:  # else a merge of customers took it from a living worker
+        link.crashes += 1
 
 
-def changed_values(link: CustomerLink, customer: Customer, fields: frozenset[str]) -> dict[str, Any]:
-    """The mapped fields in which the customer differs from what was last sent; all of them before the first push."""
-    values = {name: getattr(customer, name) for name in sorted(fields)}
-    if not link.remote_id:
-        return values
-    return {n: v for n, v in values.items() if not same(v, link.base_local.get(n))}
+def _suspect(part: Slice, link: CustomerLink, intent: PushIntent | None, now: datetime) -> Settled:
+    """A record on which workers die is not sent again until somebody has looked."""
+    error = Rejected(f"The worker died {link.crashes} times while it sent this record.", code="internal")
+    lost = intent is not None and intent.kind == PushIntent.Kind.CREATE
+    if lost and intent is not None and not repeatable(intent, part.capabilities, now=now):
+        return Settled(link=link, outcome=UNCERTAIN, error=error)
+    return Settled(link=link, outcome=REFUSED, error=error)
 
 
-def _intent(link: CustomerLink, provider: Provider, now: datetime) -> PushIntent | None:
-    """What would bring the link up to date; None when nothing differs. Raises Rejected."""
-    values = changed_values(link, link.customer, provider.fields)
-    if not values:
-        return None
-    payload = provider.document(
-        link.customer,
-        connection=link.connection,
-        uid=link.uid,
-        fields=frozenset(values) if link.remote_id else None,
-    )
-    return PushIntent(
-        link=link,
-        kind=PushIntent.Kind.UPDATE if link.remote_id else PushIntent.Kind.CREATE,
-        key=uuid7(),
-        payload=payload,
-        sent_values=values,
-        version=link.customer.version,
-        sent_at=now,
-    )
+@dataclass(kw_only=True)
+class _Calls:
+    """The calls that this worker may make: taken from the bucket that all workers of the connection share."""
+
+    part: Slice
+    left: int = 0
+    wait: float = 0.0  # seconds until the next one
+
+    @property
+    def limited(self) -> bool:
+        return self.part.connection.rate is not None
+
+    def rows(self, *, queued: int) -> int | None:
+        """How many links to claim, so that others are not kept waiting for calls that may not be made yet."""
+        if not self.limited:
+            return None
+        capabilities = self.part.capabilities
+        return (self.left - queued) * max(capabilities.batch, capabilities.update_batch)
+
+    def take(self, *, urgent: bool) -> bool:
+        """One call, if there is one."""
+        if not self.limited:
+            return True
+        if not self.left:
+            self._reserve(1, urgent=urgent)
+        if not self.left:
+            return False
+        self.left -= 1
+        return True
+
+    def there_is_one(self, *, queued: int, wait: bool) -> bool:
+        """Whether a call may be made beside those that are queued; with `wait`, when one may be. False when the work is
+        to stop before that.
+        """
+        if not self.limited:
+            return True
+        if self.left <= queued:
+            self._reserve(CONCURRENT_CALLS)
+        while self.left <= queued:
+            if not wait:
+                return False
+            if self.part.stop() or (self.part.until is not None and self.part.clock() >= self.part.until):
+                return False
+            self.part.sleep(min(max(self.wait, 0.01), NAP))
+            self._reserve(CONCURRENT_CALLS)
+        return True
+
+    def give_back(self) -> None:
+        if self.limited and self.left:
+            limits.give_back(connection=self.part.connection, calls=self.left, now=self.part.clock())
+            self.left = 0
+
+    def _reserve(self, want: int, *, urgent: bool = False) -> None:
+        connection = self.part.connection
+        now = self.part.clock()
+        # Somebody waits for these: they may use what bulk runs leave in the bucket.
+        due_now = CustomerLink.objects.filter(due(now=now), connection=connection, urgent=True)[:want].count()
+        granted, self.wait = limits.reserve(
+            connection=connection, want=min(want, due_now) or want, urgent=urgent or due_now > 0, now=now
+        )
+        self.left += granted
 
 
-def _sending(link: CustomerLink, intent: PushIntent) -> Sending:
-    return Sending(
-        link=link,
-        intent=intent,
-        outgoing=Outgoing(
-            uid=link.uid,
-            remote_id=link.remote_id,
-            key=intent.key,
-            document=intent.payload,
-            remote_data=link.remote_data,
-            revision=link.remote_revision,
-        ),
-    )
+@dataclass(kw_only=True)
+class _Batch:
+    """What goes out in one call. `error` is an answer to the batch as a whole.
+
+    While a record is searched that a refusal did not name: if this call passes, the record is among the `others`; what
+    else was refused with it is `waiting`.
+    """
+
+    sendings: list[Sending]
+    error: ConnectorError | None = None
+    others: list[Sending] = field(default_factory=list)
+    waiting: list[Sending] = field(default_factory=list)
+
+    @property
+    def urgent(self) -> bool:
+        return any(one.link.urgent for one in self.sendings)
+
+    def held(self) -> list[Sending]:
+        return [*self.sendings, *self.others, *self.waiting]
 
 
-def _batches(part: Slice, sendings: Sequence[Sending]) -> Iterator[list[Sending]]:
-    for creates, size in ((True, part.capabilities.batch), (False, part.capabilities.update_batch)):
-        alike = [sending for sending in sendings if sending.creates is creates]
-        for first in range(0, len(alike), size):
-            yield alike[first : first + size]
+def send(part: Slice, session: Session, token: str, sendings: Sequence[Sending]) -> None:
+    """Send what has been claimed and nothing else."""
+    sender = _Sender(part, session, token=token, limit=0)
+    sender.take_over(sendings)
+    sender.run()
 
 
-def _send(
-    part: Slice,
-    provider: Provider,
-    session: Session,
-    token: str,
-    sendings: Sequence[Sending],
-    stop: Callable[[], bool] = lambda: False,
-) -> None:
-    """Send side by side, and keep each answer as soon as it is known. Database work stays in this thread."""
-    last_start = part.clock() + LEASE / 2
-    queue = list(_batches(part, sendings))
-    unusable: ConnectionUnusable | None = None
-    with ThreadPoolExecutor(max_workers=CONCURRENT_CALLS) as pool:
-        running: dict[Future[None], list[Sending]] = {}
-        while queue or running:
-            while (
-                queue
-                and len(running) < CONCURRENT_CALLS
-                and unusable is None
-                and not stop()
-                and part.clock() < last_start
-            ):
-                batch = queue.pop(0)
-                running[pool.submit(_call, provider, session, part.connection, batch)] = batch
-            if not running:
+class _Sender:
+    """Sends side by side, keeps each answer as soon as it is known, and claims more while calls are under way.
+
+    Database work stays in the thread that calls `run`; the calls are made in others.
+    """
+
+    def __init__(
+        self,
+        part: Slice,
+        session: Session,
+        *,
+        token: str = "",
+        customer_ids: Collection[UUID] | None = None,
+        limit: int | None = None,
+        progress: Callable[[Mapping[str, int]], None] = lambda totals: None,
+    ) -> None:
+        self.part = part
+        self.session = session
+        self.token = token
+        self.customer_ids = customer_ids
+        self.limit = limit
+        self.progress = progress
+        self.calls = _Calls(part=part)
+        self.queue: deque[_Batch] = deque()
+        self.running: dict[Future[None], _Batch] = {}
+        self.holding: set[int] = set()
+        self.renewed = part.clock()
+        self.claims = True  # there may be more to claim
+        self.closed = False  # no more calls are to begin
+        self.unusable: ConnectionUnusable | None = None
+
+    def run(self) -> None:
+        """Until nothing is left that may be sent now. Raises ConnectionUnusable."""
+        try:
+            with ThreadPoolExecutor(max_workers=CONCURRENT_CALLS) as self.pool:
+                while self._goes_on():
+                    self._start()
+                    if self.running:
+                        self._collect()
+                        self.progress(self.part.totals)
+                    else:
+                        self.part.sleep(min(max(self.calls.wait, 0.01), NAP))
+                        self.closed = self.closed or self._is_late()
+        finally:
+            # Also when the login server gives no token now: what was not sent is not to count as lost.
+            unsent = [one for batch in self.queue for one in batch.held()]
+            for one in unsent:
+                one.answer = NotSent("There was no time left to send it.")
+            _keep(self.part, self.token, unsent)
+            self.calls.give_back()
+        if self.unusable is not None:
+            lost_login(connection=self.part.connection, error=self.unusable, at=self.part.clock())
+            raise self.unusable
+
+    def take_over(self, sendings: Sequence[Sending], *, first: bool = False) -> None:
+        """Queue what is claimed: behind the rest, or before it if somebody waits for it or with `first`."""
+        for batch in reversed(list(_batches(self.part, sendings))) if first else _batches(self.part, sendings):
+            if first or batch.urgent:
+                self.queue.appendleft(batch)
+            else:
+                self.queue.append(batch)
+        self.holding |= {one.link.pk for one in sendings}
+
+    def _goes_on(self) -> bool:
+        """Look around: whether to stop, whether leases need renewing, whether more can be claimed."""
+        part = self.part
+        if part.stop():
+            self.closed = True
+        if not self.running and self.unusable is not None:
+            # The account does not let us in: log in anew where that can be done, else leave it to a person.
+            if self.unusable.status != 401 or self.session.renew is None or not self.session.renew():
+                return False
+            self.unusable, self.closed = None, part.stop() or _must_wait(part.connection, part.clock())
+        if not self.closed and part.clock() - self.renewed > LEASE / 4:
+            self._renew()
+        while not self.closed and self.claims and len(self.queue) < CONCURRENT_CALLS:
+            if not self._claim_more():
                 break
-            done, _ = wait(running, return_when=FIRST_COMPLETED)
-            answered = [sending for future in done for sending in running.pop(future)]
-            _keep(part, token, answered)
-            for sending in answered:
-                if isinstance(sending.answer, ConnectionUnusable):
-                    unusable = sending.answer
-                elif isinstance(sending.answer, RetryLater) and sending.answer.retry_after is not None:
-                    last_start = part.clock()
-    unsent = [sending for batch in queue for sending in batch]
-    for sending in unsent:
-        sending.answer = NotSent("There was no time left to send it.")
-    _keep(part, token, unsent)
-    if unusable is not None:
-        raise unusable
+        return bool(self.running or (self.queue and not self.closed))
+
+    def _renew(self) -> None:
+        """Hold on to what is claimed. What another worker took over while this one stood still is not sent here."""
+        self.renewed = self.part.clock()
+        if renew(token=self.token, links=self.holding, now=self.renewed) == len(self.holding):
+            return
+        rows = CustomerLink.objects.filter(pk__in=self.holding, lease_token=self.token)
+        self.holding = set(rows.values_list("pk", flat=True))
+        self.queue = deque(self._held(self.queue))
+
+    def _held(self, batches: Iterable[_Batch]) -> list[_Batch]:
+        """The batches without what was taken from this worker."""
+        batches = list(batches)
+        for batch in batches:
+            for sendings in (batch.sendings, batch.others, batch.waiting):
+                sendings[:] = [one for one in sendings if one.link.pk in self.holding]
+            if not batch.sendings:  # all that was to be tried is gone: what is left begins anew
+                batch.sendings, batch.others, batch.waiting = [*batch.others, *batch.waiting], [], []
+        return [batch for batch in batches if batch.sendings]
+
+    def _is_late(self) -> bool:
+        return self.part.until is not None and self.part.clock() >= self.part.until
+
+    def _claim_more(self) -> bool:
+        """Claim what is due and queue it. False when nothing more is to be had for now."""
+        part, idle = self.part, not self.running and not self.queue
+        left = None if self.limit is None else self.limit - part.totals.total() - len(self.holding)
+        if self._is_late() or (left is not None and left <= 0):
+            self.claims = False
+            return False
+        # Another worker may have been told to wait, or a person may have paused it.
+        admitted = limits.admit(connection=part.connection, now=part.clock())
+        if admitted == 0:
+            self.claims = False
+            return False
+        queued = len(self.queue)
+        if (admitted is not None and not idle) or not self.calls.there_is_one(queued=queued, wait=idle):
+            return False  # few are let through at a time: these first
+        before = part.totals.total()
+        full = max(CLAIM_ROWS, part.capabilities.batch, part.capabilities.update_batch)
+        bounds = (full, admitted, self.calls.rows(queued=queued), left)
+        rows = min(bound for bound in bounds if bound is not None)
+        # A merge may have taken a link from this worker whose answer is still out: under the same token that would pass
+        # for an answer to what is claimed now.
+        out = [one.link.pk for batch in (*self.queue, *self.running.values()) for one in batch.held()]
+        self.token, sendings, settled = prepare(
+            part, rows=rows, customer_ids=self.customer_ids, token=self.token, but=out
+        )
+        settle(part, token=self.token, settled=settled)
+        self.take_over(sendings)
+        # What is under way may leave more to be done: it is asked again when all has come back.
+        self.claims = bool(sendings) or part.totals.total() > before
+        return self.claims
+
+    def _start(self) -> None:
+        # A call may take half a lease: the other half must still be there.
+        if self.part.clock() - self.renewed > LEASE / 2:
+            self._renew()
+        while self.queue and not self.closed and len(self.running) < CONCURRENT_CALLS:
+            if not self.calls.take(urgent=self.queue[0].urgent):
+                break
+            batch = self.queue.popleft()
+            self.running[self.pool.submit(_call, self.part, self.session, batch)] = batch
+
+    def _collect(self) -> None:
+        """Wait for answers and keep them. The next calls are under way meanwhile."""
+        done, _ = wait(self.running, timeout=1.0, return_when=FIRST_COMPLETED)
+        finished = [self.running.pop(future) for future in done]
+        answered: list[Sending] = []
+        for batch in finished:
+            if isinstance(batch.error, ConnectionUnusable):
+                self.unusable, self.closed = batch.error, True
+            elif isinstance(batch.error, RetryLater) and batch.error.retry_after is not None:
+                self.closed = True
+            known, following = _search(self.part, batch)
+            answered += known
+            self.queue.extendleft(self._held(following))
+        if not finished:
+            return
+        # First what the other workers have to know: until then they go on calling.
+        _listen(self.part, self.session, finished)
+        self.closed = self.closed or _must_wait(self.part.connection, self.part.clock())
+        self._start()
+        follow = _keep(self.part, self.token, answered)
+        self.holding -= {one.link.pk for one in answered}
+        self.take_over(follow, first=True)
 
 
-def _keep(part: Slice, token: str, answered: Sequence[Sending]) -> None:
+def _must_wait(connection: Connection, now: datetime) -> bool:
+    """Whether the whole connection is to wait: an answer has just said so, here or to another worker."""
+    connection.refresh_from_db(fields=["state", "not_before"])
+    return (
+        connection.state != Connection.State.ACTIVE
+        or (connection.not_before is not None and connection.not_before > now)
+        or (connection.breaker_until is not None and connection.breaker_until > now)
+    )
+
+
+def lost_login(*, connection: Connection, error: ConnectionUnusable, at: datetime) -> None:
+    """The connection waits for a person. Its links keep their attempts."""
+    reason = error.message[:500]
+    Connection.objects.filter(pk=connection.pk, state=Connection.State.ACTIVE).update(
+        state=Connection.State.NEEDS_REAUTH, state_reason=reason
+    )
+    connection.state, connection.state_reason = Connection.State.NEEDS_REAUTH, reason
+    issues.open_issue(connection=connection, kind=Issue.Kind.LOGIN, message=reason, at=at)
+
+
+def _batches(part: Slice, sendings: Sequence[Sending]) -> Iterable[_Batch]:
+    """One call each, but for creates and updates that may share one. What once killed a worker goes alone."""
+    capabilities = part.capabilities
+    # A create that others share can only be repeated where each of its records can.
+    sizes = {
+        Step.CREATE: capabilities.batch if capabilities.rows_independent else 1,
+        Step.UPDATE: capabilities.update_batch,
+    }
+    for step in Step:
+        alike = [one for one in sendings if one.step is step]
+        together = [one for one in alike if not one.link.crashes]
+        size = sizes.get(step, 1)
+        for first in range(0, len(together), size):
+            yield _Batch(sendings=together[first : first + size])
+        for one in alike:
+            if one.link.crashes:
+                yield _Batch(sendings=[one])
+
+
+def _search(part: Slice, batch: _Batch) -> tuple[list[Sending], list[_Batch]]:
+    """Which records of a call are answered, and the call that follows to find one that a refusal did not name.
+
+    Half of what was refused is sent. If it passes, the bad record is in the other half, and that need not be refused
+    again to be known; if not, the other half waits. So each call halves what is left, the bad record at last is refused
+    alone, and all that waited goes out together: among n records ⌈log₂ n⌉ + 1 calls find it.
+    """
+    if batch.error is not None and _is_unnamed(part, batch):
+        answered: list[Sending] = []
+        suspects, waiting = batch.sendings, [*batch.others, *batch.waiting]
+        hold = part.clock() + timedelta(seconds=part.capabilities.max_request_life)
+        for one in suspects:
+            one.answer = None
+            if our_fault(batch.error) and one.intent is not None:
+                # It may have been applied, which whoever sends it next has to know.
+                one.intent.lost, one.intent.hold_until = one.intent.lost + 1, hold
+    elif batch.error is None:
+        answered, suspects, waiting = batch.sendings, batch.others, batch.waiting
+    else:
+        answered, suspects, waiting = batch.sendings, [], [*batch.others, *batch.waiting]
+    if suspects:
+        half = max(1, len(suspects) // 2)
+        return answered, [_Batch(sendings=suspects[:half], others=suspects[half:], waiting=waiting)]
+    return answered, [_Batch(sendings=waiting)] if waiting else []
+
+
+def _is_unnamed(part: Slice, batch: _Batch) -> bool:
+    """Whether several records were refused as a whole, or brought our code down, and may be sent again."""
+    if len(batch.sendings) == 1 or batch.error is None:
+        return False
+    repeats = batch.sendings[0].step is Step.UPDATE or part.capabilities.rows_independent
+    return isinstance(batch.error, Rejected) or (our_fault(batch.error) and repeats)
+
+
+def _listen(part: Slice, session: Session, finished: Sequence[_Batch]) -> None:
+    """Tell the limits what the answers say of the account as a whole."""
+    heard: list[ConnectorError | None] = []
+    for batch in finished:
+        answers = [one.answer for one in batch.sendings]
+        errors = [answer for answer in answers if isinstance(answer, ConnectorError)]
+        heard.append(batch.error or (errors[0] if len(errors) == len(answers) and errors else None))
+    limits.heard(
+        connection=part.connection,
+        calls=heard,
+        exhausted=session.take_exhausted(),
+        now=part.clock(),
+        rng=part.rng,
+    )
+
+
+def _keep(part: Slice, token: str, answered: Sequence[Sending]) -> list[Sending]:
     """Settle answers; one that cannot be kept does not take the others with it."""
+    if not answered:
+        return []
     try:
-        settle(part, token=token, answered=answered)
-        return
+        return settle(part, token=token, answered=answered)
     except Exception:
         logger.exception("answers of %s could not be kept together", part.connection.pk)
-    for sending in answered:
+    follow: list[Sending] = []
+    for one in answered:
         try:
-            settle(part, token=token, answered=[sending])
-        except DatabaseError:
-            logger.exception("the answer for link %s could not be kept", sending.link.pk)
-            sending.answer = OutcomeUnknown("The answer could not be kept.", code="internal")
-            settle(part, token=token, answered=[sending])
+            follow += settle(part, token=token, answered=[one])
+        except Exception:
+            logger.exception("the answer for link %s could not be kept", one.link.pk)
+            one.answer = OutcomeUnknown("The answer could not be kept.", code="internal")
+            settle(part, token=token, answered=[one])
+    return follow
 
 
-def _call(provider: Provider, session: Session, connection: Connection, batch: Sequence[Sending]) -> None:
-    """Send one batch and lay each answer beside its record; whatever happens, each record has one."""
-    send = provider.create_many if batch[0].creates else provider.update_many
+def _call(part: Slice, session: Session, batch: _Batch) -> None:
+    """Make one call and lay each answer beside its record; whatever happens, each record has one."""
     try:
-        answers = send(session, connection, [sending.outgoing for sending in batch])
+        _answer(part.provider, session, part.connection, batch.sendings)
     except ConnectorError as error:
-        answers = [error] * len(batch)
+        batch.error = error
     except Exception as error:  # a fault in a provider's code parks these records and spares the others
-        logger.exception("the connector of %s failed", provider.slug)
-        answers = [OutcomeUnknown(f"The connector failed: {type(error).__name__}.", code="internal")] * len(batch)
-    missing = OutcomeUnknown("The system answered fewer records than it was sent.")
-    for position, sending in enumerate(batch):
-        sending.answer = answers[position] if position < len(answers) else missing
+        logger.exception("the connector of %s failed", part.provider.slug)
+        batch.error = OutcomeUnknown(f"The connector failed: {type(error).__name__}.", code="internal")
+    if batch.error is not None:
+        for one in batch.sendings:
+            one.answer = batch.error
+
+
+def _answer(provider: Provider, session: Session, connection: Connection, batch: Sequence[Sending]) -> None:
+    first = batch[0]
+    if first.step in (Step.CREATE, Step.UPDATE):
+        outgoing = [one.outgoing for one in batch]
+        offers = provider.capabilities(connection)
+        # A system knows a key again only in the form of call that brought it: what may have gone out with others is
+        # not repeated in the call for one.
+        keyed = first.step is Step.CREATE and offers.create_key and not offers.upsert_external_id and offers.batch > 1
+        if len(batch) == 1 and not keyed:
+            one = provider.create if first.step is Step.CREATE else provider.update
+            first.answer = one(session, connection, outgoing[0])
+            return
+        many = provider.create_many if first.step is Step.CREATE else provider.update_many
+        answers = many(session, connection, outgoing)
+        missing = OutcomeUnknown("The system answered fewer records than it was sent.")
+        for position, sent in enumerate(batch):
+            sent.answer = answers[position] if position < len(answers) else missing
+    elif first.step is Step.DELETE:
+        provider.delete(session, connection, first.outgoing.remote_id or "")
+    elif first.step is Step.PROBE:
+        try:
+            provider.account_id(session, connection)
+        except Gone as error:
+            message = "The account of this connection is not there, or the login may not see it."
+            raise ConnectionUnusable(message, status=error.status) from error
+    elif first.step is Step.LOOK_UP:
+        first.answer = Found(records=_look_up(provider, session, connection, first))
+    else:
+        record = provider.fetch(session, connection, first.outgoing.remote_id or "")
+        if record.deleted:
+            raise Gone("It is deleted there.")
+        first.answer = record
+
+
+def _look_up(provider: Provider, session: Session, connection: Connection, one: Sending) -> list[Record]:
+    if not one.existing:
+        return provider.look_up(session, connection, one.outgoing.uid)
+    if not provider.capabilities(connection).fetches:
+        return [Record(values={}, remote_id=one.existing)]
+    try:
+        record = provider.fetch(session, connection, one.existing)
+    except Gone:
+        return []
+    return [] if record.deleted else [replace(record, remote_id=record.remote_id or one.existing)]

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from datetime import datetime
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
 from django.db import IntegrityError
-from django.utils import timezone
+from django.db.models import Q
 
-from connectors.models import Connection, CustomerLink
+from connectors.models import Conflict, Connection, CustomerLink, PushIntent
 from connectors.provider import Record
 from connectors.states import LinkState
 from connectors.sync import runs
+from connectors.sync.clock import database_clock
+from connectors.sync.fights import fights
 from connectors.sync.merge import Merge, merge, same
 from connectors.sync.races import start_over
 from customers import bulk, editing
@@ -24,16 +26,24 @@ from customers.ids import uuid7
 from customers.models import Customer, Organization
 
 CREATED, UPDATED, UNCHANGED = "created", "updated", "unchanged"
+# So long a list may go on showing what has been deleted.
+TOMBSTONE_LAG = timedelta(minutes=5)
+# So long after its hold, or after it was sent, a request and all readings from before it have certainly ended.
+DEAD = timedelta(hours=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Received:
-    """What became of one record: `outcome` is created, updated or unchanged. `link` is None without a connection."""
+    """What became of one record: `outcome` is created, updated or unchanged. `link` is None without a connection.
+
+    `stale` says that the record was read before the link last moved: nothing of it was kept; it is to be read again.
+    """
 
     outcome: str
     customer: Customer
     link: CustomerLink | None
     merge: Merge | None = None
+    stale: bool = False
 
 
 def receive(
@@ -44,6 +54,8 @@ def receive(
     actor: Actor,
     fields: frozenset[str] | None = None,
     fetched: datetime | None = None,
+    normalise: Callable[[str, Any], Any] = lambda name, value: value,
+    takes: bool = True,
     at: datetime | None = None,
 ) -> list[Received]:
     """Take records in, all or none, and answer for each in order. The number of statements is constant.
@@ -52,12 +64,13 @@ def receive(
     new one. Two records of one key in a batch count as one after the other.
 
     With `fields` (a pull: the fields that the provider maps) each known record is merged three ways, so that an edit
-    made here is not lost. Without, the caller is the author and what it names is set.
+    made here is not lost; `fetched` is when reading began, `normalise` tells how the system stores a value, and without
+    `takes` the customers stay as they are. Without `fields` the caller is the author and what it names is set.
 
     Raises UnknownCustomer for an id that is not this organization's, InvalidCustomer for values no customer may have.
     """
-    at = at or timezone.now()
-    return start_over(lambda: _receive(organization, connection, records, actor, fields, fetched, at))
+    at = at or database_clock()
+    return start_over(lambda: _receive(organization, connection, records, actor, fields, fetched, normalise, takes, at))
 
 
 def _receive(
@@ -67,6 +80,8 @@ def _receive(
     actor: Actor,
     fields: frozenset[str] | None,
     fetched: datetime | None,
+    normalise: Callable[[str, Any], Any],
+    takes: bool,
     at: datetime,
 ) -> list[Received]:
     links = _links(organization, connection, records)
@@ -89,11 +104,7 @@ def _receive(
         folded[key] = record if earlier is None else _fold(earlier, record)
 
     new = {key: record for key, record in folded.items() if key not in links and not record.customer_id}
-    stale = {
-        key: link
-        for key, link in links.items()
-        if fields is not None and fetched is not None and link.synced_at and link.synced_at >= fetched
-    }
+    stale = {key: link for key, link in links.items() if fields is not None and _is_stale(link, folded[key], fetched)}
     known = {key: record for key, record in folded.items() if key not in new and key not in stale}
     created = editing.create(
         organization=organization, values=[record.values for record in new.values()], actor=actor, at=at
@@ -102,21 +113,12 @@ def _receive(
     edits: dict[UUID, Mapping[str, Any]] = {}
     targets: dict[Any, UUID] = {key: link.customer_id for key, link in links.items()}
     targets |= {key: record.customer_id for key, record in known.items() if record.customer_id}
+    if fields is not None and connection is not None:
+        merges = _merges(connection, links, known, customers, fields, normalise, takes, at)
+        _log_conflicts(connection, links, merges, at)
     for key, record in known.items():
-        link = links.get(key)
-        customer_id = targets[key]
-        if fields is not None and link is not None and connection is not None:
-            merges[key] = merge(
-                local={name: getattr(customers[link.customer_id], name) for name in fields},
-                remote={name: value for name, value in record.values.items() if name in fields},
-                base_local=link.base_local,
-                base_remote=link.base_remote,
-                provider_wins=connection.conflict_policy == Connection.ConflictPolicy.PROVIDER_WINS,
-            )
-            values: Mapping[str, Any] = merges[key].take
-        else:
-            values = record.values
-        edits[customer_id] = {**edits.get(customer_id, {}), **values}
+        values = merges[key].take if key in merges else record.values
+        edits[targets[key]] = {**edits.get(targets[key], {}), **values}
     # A caller that sends a deleted customer again wants it back; a list that still shows it says nothing new.
     revived = [link.customer_id for key, link in links.items() if link.deleted_at and fields is None]
     if revived:
@@ -134,7 +136,7 @@ def _receive(
             fresh_links.append(link)
         results[key] = Received(outcome=CREATED, customer=customer, link=link)
     for key, link in stale.items():
-        results[key] = Received(outcome=UNCHANGED, customer=customers[link.customer_id], link=link)
+        results[key] = Received(outcome=UNCHANGED, customer=customers[link.customer_id], link=link, stale=True)
     settled: Counter[int] = Counter()
     for key, record in known.items():
         link = links.get(key)
@@ -153,6 +155,9 @@ def _receive(
     if fresh_links:
         # Where they come from leads, not a system that new customers are sent to at once.
         CustomerLink.objects.filter(customer__in=created, is_primary=True).update(is_primary=False)
+        if connection is not None and connection.pushes:
+            # The customers are there already: they are not to be created by the links that new customers get at once.
+            CustomerLink.objects.filter(connection=connection, customer__in=created).delete()
         bulk.insert(fresh_links)
         made = dict(CustomerLink.objects.filter(uid__in=[link.uid for link in fresh_links]).values_list("uid", "pk"))
         for link in fresh_links:
@@ -169,12 +174,113 @@ def _receive(
     return [results[key] for key in keys]
 
 
+def _is_stale(link: CustomerLink, record: Record, fetched: datetime | None) -> bool:
+    """Whether the link has moved since the record was read: what it says may be older than what is known."""
+    if record.seq is not None:
+        return link.sync_seq != record.seq
+    if fetched is None:
+        return False
+    if link.deleted_at is not None and link.deleted_at + TOMBSTONE_LAG >= fetched:
+        return True  # a list may go on showing for a while what has been deleted
+    return link.synced_at is not None and link.synced_at >= fetched
+
+
+def _merges(
+    connection: Connection,
+    links: Mapping[Any, CustomerLink],
+    known: Mapping[Any, Record],
+    customers: Mapping[UUID, Customer],
+    fields: frozenset[str],
+    normalise: Callable[[str, Any], Any],
+    takes: bool,
+    at: datetime,
+) -> dict[Any, Merge]:
+    """Each known record merged with its customer. What two systems keep overwriting is left to a person."""
+    unanswered = PushIntent.objects.filter(
+        link__in=[links[key].pk for key in known if key in links],
+        outcome__in=(PushIntent.Outcome.OPEN, PushIntent.Outcome.UNCERTAIN),
+    )
+    read = {link.pk: link.synced_at for link in links.values()}
+    sent: dict[int, list[Mapping[str, Any]]] = {}
+    columns = ("link_id", "sent_values", "sent_at", "hold_until")
+    for link_id, values, sent_at, hold_until in unanswered.order_by("pk").values_list(*columns):
+        # What came of a dead request is in the bases once the record was read after its death.
+        if (synced_at := read[link_id]) is None or synced_at < (hold_until or sent_at) + DEAD:
+            sent.setdefault(link_id, []).append(values)
+    merges = {}
+    for key, record in known.items():
+        if key not in links:
+            continue
+        link = links[key]
+        merges[key] = merge(
+            local={name: getattr(customers[link.customer_id], name) for name in fields},
+            remote={name: value for name, value in record.values.items() if name in fields},
+            base_local=link.base_local,
+            base_remote=link.base_remote,
+            policy=lambda name: connection.field_policies.get(name, connection.conflict_policy),
+            normalise=normalise,
+            sent=sent.get(link.pk, ()),
+            waiting=link.conflicts,
+            takes=takes and not link.is_duplicate,
+        )
+    taking = {links[key].customer_id: key for key, merged in merges.items() if merged.take}
+    for customer_id, names in fights(customers=list(taking), connection=connection, at=at).items():
+        merges[taking[customer_id]] = _frozen(merges[taking[customer_id]], names, customers[customer_id])
+    return merges
+
+
+def _log_conflicts(
+    connection: Connection, links: Mapping[Any, CustomerLink], merges: Mapping[Any, Merge], at: datetime
+) -> None:
+    """Keep all three values of every field that moved on both sides."""
+    rows = []
+    for key, merged in merges.items():
+        for name, (base, here, there) in merged.conflicts.items():
+            outcome = Conflict.Outcome.SYSTEM if name in merged.take else Conflict.Outcome.HUB
+            rows.append(
+                Conflict(
+                    organization_id=connection.organization_id,
+                    connection=connection,
+                    link_id=links[key].pk,
+                    field=name,
+                    base=base,
+                    here=here,
+                    there=there,
+                    outcome=Conflict.Outcome.WAITING if name in merged.waiting else outcome,
+                    at=at,
+                )
+            )
+    decided = Q()
+    for key, merged in merges.items():
+        before = links[key].conflicts.keys()
+        # Both sides agree by now, or the newer entry tells what there is to decide.
+        if over := (before - merged.waiting.keys()) | (before & merged.conflicts.keys()):
+            decided |= Q(link=links[key].pk, field__in=over)
+    if decided:
+        Conflict.objects.filter(decided, outcome=Conflict.Outcome.WAITING, resolved_at=None).update(resolved_at=at)
+    bulk.insert(rows)
+
+
+def _frozen(merged: Merge, names: Collection[str], customer: Customer) -> Merge:
+    """The merge without the fields that two systems fight over: these wait for a person."""
+    waiting = dict(merged.waiting)
+    conflicts = dict(merged.conflicts)
+    for name in merged.take.keys() & set(names):
+        here, there = getattr(customer, name), merged.take[name]
+        waiting[name] = {"base": here, "here": here, "there": there}
+        conflicts[name] = [here, here, there]
+    take = {name: value for name, value in merged.take.items() if name not in names}
+    base_local = {**merged.base_local, **{name: waiting[name]["here"] for name in waiting if name in names}}
+    return replace(merged, take=take, base_local=base_local, waiting=waiting, conflicts=conflicts)
+
+
 # The columns of a link that an arriving record moves.
 TAKEN = (
     "customer",
     "remote_data",
     "base_local",
     "base_remote",
+    "conflicts",
     "remote_revision",
     "remote_created_at",
     "sync_seq",
@@ -279,9 +385,11 @@ def _take(
         link.base_local = {**link.base_local, **{name: getattr(customer, name) for name in record.values}}
         link.base_remote = {**link.base_remote, **_json(record.values)}
     else:
-        link.base_local, link.base_remote = merged.base_local, merged.base_remote
-        if pushed_fields and (was_dirty or was_gone or merged.take or merged.conflicts):
-            behind = any(not same(getattr(customer, name), link.base_local.get(name)) for name in pushed_fields)
+        moved = was_dirty or was_gone or merged.take or merged.conflicts or merged.base_local != link.base_local
+        link.base_local, link.base_remote, link.conflicts = merged.base_local, merged.base_remote, merged.waiting
+        if pushed_fields and not link.is_duplicate and moved:
+            asked = pushed_fields - link.conflicts.keys()
+            behind = any(not same(getattr(customer, name), link.base_local.get(name)) for name in asked)
     link.remote_revision = record.revision or link.remote_revision
     link.remote_created_at = record.created_at or link.remote_created_at
     link.sync_seq += 1
@@ -293,6 +401,8 @@ def _take(
         link.state, link.error, link.error_field, link.attempts = LinkState.OPEN, "", "", 0
         return
     link.needed_version = customer.version
+    # Also where the customer did not move: a field that had no base, and that the hub wins.
+    link.pushed_version = min(link.pushed_version, customer.version - 1)
     if was_gone:
         link.state, link.error, link.error_field, link.next_attempt_at = LinkState.OPEN, "", "", at
     elif link.state == LinkState.OPEN:

@@ -8,11 +8,11 @@ from uuid import UUID
 
 from django.db import transaction
 from django.db.models import Exists, F, OuterRef, Q, QuerySet
-from django.utils import timezone
 
 from connectors.models import Connection, CustomerLink, SyncRun
 from connectors.states import WAITING, LinkState
 from connectors.sync import runs
+from connectors.sync.clock import database_clock
 from connectors.sync.races import start_over
 from customers import bulk
 from customers.editing import Actor
@@ -30,15 +30,17 @@ def request(
     customer_ids: Collection[UUID] | None = None,
     since: datetime | None = None,
     limit: int | None = None,
+    urgent: bool = False,
     now: datetime | None = None,
 ) -> SyncRun:
     """Ask for these customers (None: all of the organization that are not archived) to be in that system, now.
 
     Links that are missing are made. Links that are in sync are counted as unchanged at once; the others become due,
     also those that were rejected. The run ends when each has an outcome. Uncertain and conflicting links are left to
-    their rules and count as uncertain; what was deleted there is not made again and counts as refused.
+    their rules and count as uncertain; what was deleted there is not made again and counts as refused. `urgent` ones go
+    before the others.
     """
-    now = now or timezone.now()
+    now = now or database_clock()
     customers = Customer.objects.filter(organization_id=connection.organization_id, archived_at=None, merged_into=None)
     if customer_ids is not None:
         customers = customers.filter(pk__in=customer_ids)
@@ -70,7 +72,16 @@ def request(
         asked = (
             links.filter(dirty)
             .exclude(waits)
-            .update(run=run, next_attempt_at=now, state=LinkState.OPEN, attempts=0, updated_at=now)
+            .update(
+                run=run,
+                next_attempt_at=now,
+                state=LinkState.OPEN,
+                attempts=0,
+                failing_since=None,
+                crashes=0,
+                urgent=urgent,
+                updated_at=now,
+            )
         )
         waiting = links.filter(dirty & waits).count()
         clean = links.exclude(dirty).count()

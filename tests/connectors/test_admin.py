@@ -1,6 +1,7 @@
 """The screens of connected systems: what a push says, what each right allows, and what never appears on a page."""
 
 import contextlib
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -213,6 +214,37 @@ def test_a_refused_login_is_told_and_stops_the_connection(
     assert "Books is out of use" in press(admin_client, customer)
     assert len(far.system.ledger) == 1
     assert "Reconnect" in admin_client.get(change(customer)).content.decode()
+
+
+def test_new_credentials_are_tried_before_the_connection_is_used_again(
+    books: Connection, customer: Customer, far: Far, admin_client: Client, django_capture_on_commit_callbacks: Any
+) -> None:
+    Connection.objects.filter(pk=books.pk).update(state="needs_reauth", state_reason="The key has ended.")
+    form = admin_client.get(change(books)).context["adminform"].form
+    fields = {name: form.get_initial_for_field(field, name) for name, field in form.fields.items()}
+    posted = {name: value for name, value in fields.items() if value not in (None, False)}
+    posted = {name: json.dumps(value) if isinstance(value, dict) else value for name, value in posted.items()}
+
+    for key, state in (("wrong-key", "needs_reauth"), ("remote-key", "active")):
+        with django_capture_on_commit_callbacks(execute=True):
+            answer = admin_client.post(change(books), {**posted, "credential_api_key": key})
+        assert answer.status_code == 302, answer.context["adminform"].form.errors
+        books.refresh_from_db()
+        assert books.state == state
+    assert books.ramp == 5, "a few customers first"
+
+
+def test_rules_of_a_connection_are_checked(books: Connection, far: Far, admin_client: Client) -> None:
+    wrong = {
+        "pull_cron": ("30 2 30 2 *", "this schedule never comes"),
+        "rate": ("0", "how many calls a second"),
+        "burst": ("0", "at least 1"),
+        "field_policies": ('{"shoe_size": "ask"}', "Unknown: shoe_size"),
+    }
+    answer = admin_client.post(change(books), {name: value for name, (value, _) in wrong.items()})
+    errors = answer.context["adminform"].form.errors
+    for name, (_, message) in wrong.items():
+        assert message in str(errors[name])
 
 
 def test_credentials_that_cannot_be_read_are_told(
@@ -518,6 +550,8 @@ def settings_of(organization: Organization, **fields: Any) -> dict[str, Any]:
         "base_url": "https://127.0.0.1/api",
         "conflict_policy": "hub_wins",
         "create_policy": "by_hand",
+        "delete_policy": "unlink",
+        "archive_policy": "keep",
         "options": "{}",
         **fields,
     }
@@ -672,7 +706,7 @@ def test_a_key_is_shown_once(organization: Organization, admin_client: Client) -
     admin_client.post(change(key), {"name": "webshop 2", "scopes": ["customers:write"], "hash": "x"})
     key.refresh_from_db()
     assert (key.name, key.scopes) == ("webshop 2", ["customers:read"])
-    admin_client.post(change(key, "revoke"))
+    admin_client.post(change(key, "revoke"), {"confirmed": "yes"})
     assert ApiKey.find(secret, now=timezone.now()) is None
     assert "Revoked" in admin_client.get("/admin/connectors/apikey/").content.decode()
 

@@ -81,6 +81,8 @@ class FakeLinks:
         with self.lock:
             if self.status:
                 return self.status, {"message": "No."}
+            if method == "GET" and (known := self.stored.get(path.rpartition("/")[2])):
+                return 200, {"data": known}
             if method == "GET":
                 rows = list(self.stored.values())
                 return 200, {"data": rows, "page": 1, "limit": 100, "totalPages": 1, "totalResults": len(rows)}
@@ -88,7 +90,7 @@ class FakeLinks:
             self.on_write()
             if self.later:
                 self.later -= 1
-                return 503, {"message": "Busy."}
+                return 429, {"message": "Busy."}
             if body["name"].startswith("Refused"):
                 return 400, {"message": "Name is not nice."}
             id_ = path.rpartition("/")[2] if method == "PUT" else f"cust_{len(self.stored) + 1}"

@@ -632,8 +632,9 @@ def answer(status, body=None, method="POST", text="", **headers):
     [
         *((status, "POST", ConnectionUnusable) for status in (401, 403)),
         *((status, "GET", Gone) for status in (404, 410)),
-        *((status, "POST", RetryLater) for status in (408, 425, 429, 503)),
-        *((status, "POST", OutcomeUnknown) for status in (500, 502, 504, 520)),
+        *((status, "POST", RetryLater) for status in (425, 429)),
+        *((status, "GET", RetryLater) for status in (408, 425, 429, 503)),
+        *((status, "POST", OutcomeUnknown) for status in (408, 500, 502, 503, 504, 520)),
         *((status, "GET", RetryLater) for status in (500, 502, 504, 520)),
         *((status, "PATCH", Rejected) for status in (400, 402, 405, 409, 413, 422, 451)),
     ],
@@ -665,9 +666,13 @@ def test_a_status_says_what_to_do_next(status, method, expected):
 )
 def test_retry_after_is_read(headers, seconds):
     for status in (429, 503):
-        with pytest.raises(RetryLater) as caught:
+        with pytest.raises(ConnectorError) as caught:
             raise_for_answer(answer(status, **headers))
-        assert caught.value.retry_after == seconds
+        if status == 503 and seconds is None:
+            assert isinstance(caught.value, OutcomeUnknown), "a proxy may say so of a write that was applied"
+        else:
+            assert isinstance(caught.value, RetryLater)
+            assert caught.value.retry_after == seconds
 
 
 @pytest.mark.usefixtures("local")
@@ -685,6 +690,90 @@ def test_retry_after_is_read_from_the_wire():
     with pytest.raises(RetryLater) as caught:
         raise_for_answer(late)
     assert caught.value.retry_after == 7
+
+
+# What is left of a rate limit
+
+
+DATE = {"date": "Wed, 21 Oct 2015 07:28:00 GMT"}
+EPOCH = 1445412480  # the same moment
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"ratelimit_remaining": "0", "ratelimit_reset": "30"}, 30),
+        ({"ratelimit_remaining": "1", "ratelimit_reset": "30"}, None),
+        ({"x_ratelimit_remaining": "0", "x_ratelimit_reset": "30"}, 30),
+        ({"x_ratelimit_remaining": "0", "x_ratelimit_reset": str(EPOCH + 45), **DATE}, 45),
+        ({"x_ratelimit_remaining": "0", "x_ratelimit_reset": f"{EPOCH + 45}.5", **DATE}, 45.5),
+        ({"x_ratelimit_remaining": "0", "x_ratelimit_reset": f"{EPOCH + 45}000", **DATE}, 45),
+        ({"x_ratelimit_remaining": "0", "x_ratelimit_reset": str(EPOCH - 45), **DATE}, None),
+        ({"x_rate_limit_remaining": "0", "x_rate_limit_reset": "7"}, 7),
+        ({"ratelimit": '"default";r=0;t=30'}, 30),
+        ({"ratelimit": '"default";r=50;t=30'}, None),
+        ({"ratelimit": '"burst";r=0;t=5, "daily, per key";r=0;t=4000, "hourly";r=7;t=9000'}, 4000),
+        ({"ratelimit": '"default"; r=0 ; t=30'}, 30),
+        ({"ratelimit": "limit=100, remaining=0, reset=12"}, 12),
+        ({"ratelimit": "limit=100, remaining=10, reset=12"}, None),
+        ({"ratelimit_remaining": "0, 8", "ratelimit_reset": "3, 900"}, 3),
+        ({"ratelimit": '"a";r=0;t=5', "x_ratelimit_remaining": "0", "x_ratelimit_reset": "60"}, 60),
+        ({"x_ratelimit_remaining": "0", "x_ratelimit_reset": "9" * 15}, 86400),
+        ({"x_ratelimit_remaining": "0", "x_ratelimit_reset": "9" * 5000}, None),
+        ({"x_ratelimit_remaining": "0", "x_ratelimit_reset": "0"}, None),
+        ({"x_ratelimit_remaining": "0", "x_ratelimit_reset": "-5"}, None),
+        ({"x_ratelimit_remaining": "0", "x_ratelimit_reset": "soon"}, None),
+        ({"x_ratelimit_remaining": "0"}, None),
+        ({"x_ratelimit_remaining": "-1", "x_ratelimit_reset": "30"}, None),
+        ({"x_ratelimit_reset": "30"}, None),
+        ({"ratelimit": '"""'}, None),
+        ({"ratelimit": "0"}, None),
+        ({}, None),
+    ],
+)
+@pytest.mark.parametrize("status", [200, 404, 429, 500])
+def test_an_exhausted_rate_limit_is_remembered_until_it_is_asked_for(headers, seconds, status):
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    transport = httpx2.MockTransport(lambda request: httpx2.Response(status, headers=named, json={}))
+    with httpx2.Client(transport=transport) as client:
+        session = Session(base_url="http://h", client=client)
+        assert session.take_exhausted() is None
+        session.send("GET", "x")
+    found = session.take_exhausted()
+    assert found == (seconds if seconds is None else pytest.approx(seconds, abs=0.5))
+    assert session.take_exhausted() is None
+
+
+def test_the_longest_wait_of_several_answers_counts_and_grows_shorter_with_time(monkeypatch):
+    resets = iter(["50", "100", "20", "5"])
+
+    def answers(request):
+        return httpx2.Response(200, headers={"RateLimit-Remaining": "0", "RateLimit-Reset": next(resets)}, json={})
+
+    clock = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    with httpx2.Client(transport=httpx2.MockTransport(answers)) as client:
+        session = Session(base_url="http://h", client=client)
+        for _ in range(3):
+            session.send("GET", "x")
+            clock[0] += 10
+        assert session.take_exhausted() == 80  # 100 seconds from the second answer on
+        session.send("GET", "x")
+        clock[0] += 5
+        assert session.take_exhausted() is None
+
+
+@pytest.mark.usefixtures("local")
+def test_an_unusable_answer_still_tells_what_is_left():
+    with serve(says(answer_bytes(b"<html>", "200 OK", 'RateLimit: "default";r=0;t=30'))) as base:
+        session = Session(base_url=base)
+        with pytest.raises(OutcomeUnknown):
+            session.send("POST", "x")
+    assert session.take_exhausted() == pytest.approx(30, abs=1)
+
+
+def test_a_request_ends_within_the_time_that_a_worker_has_to_stop():
+    assert Session(base_url="https://h").deadline == 25.0
 
 
 @pytest.mark.parametrize(

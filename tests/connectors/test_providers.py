@@ -24,7 +24,8 @@ every = pytest.mark.parametrize("provider", PROVIDERS.values(), ids=PROVIDERS)
 
 def test_the_list_is_complete() -> None:
     modules = {path.stem for path in FOLDER.iterdir() if path.stem not in ("__init__", "__pycache__")}
-    assert modules == PROVIDERS.keys()
+    ours = {slug for slug, one in PROVIDERS.items() if type(one).__module__.startswith("connectors.")}
+    assert modules == ours, "tests may have added theirs"
 
 
 @every

@@ -183,3 +183,21 @@ def test_the_number_of_statements_does_not_grow_with_the_batch(connect: Callable
             take(shop, *(record(f"{size}-{n}", phone=f"+1234567{n:03}") for n in range(size)))
         counts.append((len(creating), len(updating)))
     assert counts[0] == counts[1]
+
+
+def test_what_is_imported_for_a_system_that_new_customers_are_sent_to_is_linked_and_not_sent(
+    connect: Callable[..., Connection],
+) -> None:
+    books = connect(
+        "links", direction=Connection.Direction.PUSH, create_policy=Connection.CreatePolicy.AUTOMATIC, account=""
+    )
+    records = [Record(values={"name": f"Ann {n}"}, remote_id=f"r{n}") for n in range(3)]
+    receive(
+        organization=books.organization,
+        connection=books,
+        records=records,
+        actor=Actor(kind="command", name="import_customers"),
+    )
+    links = CustomerLink.objects.filter(connection=books)
+    assert {link.remote_id for link in links} == {"r0", "r1", "r2"}
+    assert not any(link.is_dirty for link in links)

@@ -182,33 +182,14 @@ def test_a_batch_goes_in_one_call_and_is_answered_by_position(
     assert len({answer.remote_id for answer in answers}) == 100
 
 
-def test_halving_finds_the_bad_items_and_their_neighbours_get_through(
+def test_a_refused_batch_names_no_record(
     here: Connection, there: Connection, session: Any, wire: Wire, customer: Any
 ) -> None:
-    batch = [outgoing(customer(name=f"Customer {number}"), here) for number in range(40)]
-    for number in (0, 17, 39):
-        batch[number].document["status"] = "GONE"
-    answers = ROOTFI.create_many(session, here, batch)
-    bad = [number for number, answer in enumerate(answers) if isinstance(answer, Rejected)]
-    assert bad == [0, 17, 39]
-    assert (answers[17].field, answers[17].code, answers[17].status) == ("is_active", "invalid-params", 400)
-    assert "data[0].status" in answers[17].message
-    good = [answer for answer in answers if isinstance(answer, Record)]
-    assert [answer.values["name"] for answer in good] == [
-        o.document["name"] for n, o in enumerate(batch) if n not in bad
-    ]
-    assert Customer.objects.filter(organization=there.organization).count() == 37
-    # No item is stored twice, and a bad one costs at most two calls for each halving.
-    assert len(wire.bodies) <= 1 + 3 * 2 * 6
-
-
-def test_more_than_one_batch_goes_in_several_calls(
-    here: Connection, there: Connection, session: Any, wire: Wire, customer: Any
-) -> None:
-    shared = customer(name="Ada")
-    answers = ROOTFI.create_many(session, here, [outgoing(shared, here) for _ in range(230)])
-    assert [len(body["data"]) for body in wire.bodies] == [100, 100, 30]
-    assert len(answers) == 230
+    batch = [outgoing(customer(name=f"Customer {number}"), here) for number in range(4)]
+    batch[2].document["status"] = "GONE"
+    with pytest.raises(Rejected, match=r"data\[2\]\.status"):
+        ROOTFI.create_many(session, here, batch)
+    assert not Customer.objects.filter(organization=there.organization).exists()
 
 
 def test_an_account_that_takes_one_at_a_time_is_sent_one_at_a_time(
@@ -216,16 +197,16 @@ def test_an_account_that_takes_one_at_a_time_is_sent_one_at_a_time(
 ) -> None:
     here.options = {"one_at_a_time": True}
     assert ROOTFI.capabilities(here).batch == 1
-    ROOTFI.create_many(session, here, [outgoing(customer(name="Ada"), here) for _ in range(3)])
-    assert [len(body["data"]) for body in wire.bodies] == [1, 1, 1]
+    ROOTFI.create(session, here, outgoing(customer(name="Ada"), here))
+    assert [len(body["data"]) for body in wire.bodies] == [1]
 
 
 def test_another_number_of_records_than_sent_leaves_all_unknown(here: Connection, customer: Any) -> None:
     shown = {"rootfi_id": 1, "name": "Ada"}
     for body in ({"data": [shown], "sync_id": "x"}, {"data": [], "sync_id": "x"}, {}, [shown], {"data": None}):
         session, ledger = answering(here, (200, body))
-        answers = ROOTFI.create_many(session, here, [outgoing(customer(name="Ada"), here) for _ in range(2)])
-        assert [type(answer) for answer in answers] == [OutcomeUnknown] * 2
+        with pytest.raises(OutcomeUnknown):
+            ROOTFI.create_many(session, here, [outgoing(customer(name="Ada"), here) for _ in range(2)])
         assert len(ledger) == 1
 
 
@@ -239,30 +220,23 @@ def test_a_record_that_cannot_be_read_is_created_all_the_same(here: Connection, 
     assert answers[2].remote_id == "3"
 
 
-def test_a_lost_answer_stops_the_rest(here: Connection, customer: Any) -> None:
-    session, ledger = answering(here, refusal("no"), httpx2.ReadTimeout("late"))
-    answers = ROOTFI.create_many(session, here, [outgoing(customer(name="Ada"), here) for _ in range(4)])
-    assert [type(answer) for answer in answers] == [OutcomeUnknown, OutcomeUnknown, RetryLater, RetryLater]
-    assert len(ledger) == 2
-
-
 @pytest.mark.parametrize(
     ("answer", "kind"),
     [
         ((429, {}), RetryLater),
-        ((503, {}), RetryLater),
+        ((503, {}), OutcomeUnknown),
         ((401, {}), ConnectionUnusable),
         ((404, {}), ConnectionUnusable),
         ((500, {}), OutcomeUnknown),
         (httpx2.ConnectError("refused"), RetryLater),
     ],
 )
-def test_what_concerns_the_account_is_not_sent_again_in_halves(
+def test_what_concerns_the_account_is_raised_for_the_whole_call(
     here: Connection, customer: Any, answer: Any, kind: type[Exception]
 ) -> None:
     session, ledger = answering(here, answer)
-    answers = ROOTFI.create_many(session, here, [outgoing(customer(name="Ada"), here) for _ in range(4)])
-    assert [type(answer) for answer in answers] == [kind] * 4
+    with pytest.raises(kind):
+        ROOTFI.create_many(session, here, [outgoing(customer(name="Ada"), here) for _ in range(4)])
     assert len(ledger) == 1
 
 

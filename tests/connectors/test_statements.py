@@ -59,7 +59,8 @@ def count(api: Client, api_key: str, connect: Callable[..., Connection]) -> Call
         ("GET", "/api/v1/customers?corporation_id=corp_123", None, 5),
         ("GET", "/api/v1/customers/{link}", None, 2),
         ("POST", "/api/v1/customers/{link}", {"name": "Renamed"}, 15),
-        ("DELETE", "/api/v1/customers/{link}", None, 10),
+        # One of them asks which systems are to delete the record as well.
+        ("DELETE", "/api/v1/customers/{link}", None, 11),
         ("POST", "/customers/add-update", {**CHEQPAY, "externalId": "new"}, 14),
         ("POST", "/customers/add-update", {**CHEQPAY, "firstName": "Jane"}, 15),
         ("GET", "/customers/A", None, 3),

@@ -47,6 +47,14 @@ def test_every_version_has_one_change_with_its_author(organization: Organization
     assert (second.version, second.actor_name, second.request_id, second.message) == (2, "Tester", "req_1", "why")
 
 
+@pytest.mark.parametrize("name", editing.TEXTS)
+def test_a_change_of_one_field_alone_is_stored_and_told(organization: Organization, name: str) -> None:
+    customer = make(organization)
+    editing.update(organization=organization, values={customer.pk: {name: "1234"}}, actor=ACTOR)
+    assert getattr(Customer.objects.get(pk=customer.pk), name) == "1234"
+    assert name in CustomerChange.objects.get(customer=customer, version=2).changes
+
+
 def test_values_that_are_stored_already_make_no_version(organization: Organization) -> None:
     customer = make(organization, phone="+1234567890")
     result = editing.update(
@@ -190,3 +198,15 @@ def test_a_table_that_has_doubled_is_counted_again(transactional_db: None, organ
     with connection.cursor() as cursor:
         cursor.execute("SELECT reltuples FROM pg_class WHERE relname = 'customers_customer'")
         assert cursor.fetchone() == (1100,)
+
+
+def test_a_number_beyond_64_bits_survives_both_databases(organization: Organization) -> None:
+    customer = make(organization, custom_fields={"far": 8.7e23})
+    for value in ("b", "c"):
+        editing.update(
+            organization=organization,
+            values={customer.pk: {"name": value, "custom_fields": {"far": 8.7e23, "near": value}}},
+            actor=ACTOR,
+        )
+    kept = Customer.objects.get(pk=customer.pk).custom_fields
+    assert (float(kept["far"]), kept["near"]) == (8.7e23, "c")

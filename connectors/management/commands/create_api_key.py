@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import math
 from datetime import timedelta
 from typing import Any
 
@@ -13,6 +15,17 @@ from django.utils import timezone
 from connectors.management.cli import HubCommand, WrongUse, find_organization, positive
 from connectors.models import ApiKey
 from customers.models import Organization
+
+
+def rate(text: str) -> float:
+    """An argument type: a number of requests per second, or 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1
+    if number < 0 or not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of requests per second, nor 0.")
+    return number
 
 
 class Command(HubCommand):
@@ -33,6 +46,12 @@ class Command(HubCommand):
             help="What the key may do; repeat for more. Without it: everything.",
         )
         parser.add_argument("--expires-in", type=positive, metavar="DAYS", help="Without it the key does not expire.")
+        parser.add_argument(
+            "--rate",
+            type=rate,
+            metavar="CALLS",
+            help="Requests per second; 0 for no limit. Without it: as the hub is set.",
+        )
         parser.add_argument("--create-organization", action="store_true", help="Make the organization if need be.")
 
     def handle(self, *args: Any, **options: Any) -> None:
@@ -51,7 +70,8 @@ class Command(HubCommand):
         key, secret = ApiKey.issue(
             organization=organization,
             name=options["name"].strip(),
-            scopes=options["scopes"],
+            scopes=options["scopes"] and list(dict.fromkeys(options["scopes"])),
+            rate=options["rate"],
             expires_at=timezone.now() + timedelta(days=days) if days else None,
         )
         self.stdout.write(secret)

@@ -29,7 +29,7 @@ from connectors.outbound import Session
 from connectors.provider import Provider
 from connectors.providers import PROVIDERS
 from connectors.states import WAITING, LinkState
-from connectors.sync.push import changed_values
+from connectors.sync.plan import changed_values
 from connectors.sync.push import push as push_due
 from connectors.sync.request import request
 from customers.ids import uuid7
@@ -65,7 +65,7 @@ def push(command: HubCommand, connection: Connection, outcome: Outcome, stop: St
     outcome.run = run.public_id
     try:
         with Progress(command, f"{connection.name} push", run.planned) as progress:
-            _until_ended(run, connection, provider, session, stop, progress, options)
+            until_ended(run, connection, provider, session, stop, progress, options)
     finally:
         run.refresh_from_db()
         outcome.totals = totals_of(run)
@@ -78,7 +78,7 @@ def push(command: HubCommand, connection: Connection, outcome: Outcome, stop: St
             command.say(f"{connection.name}: {left:,} are still to be sent, by a worker or by this command again.")
 
 
-def _until_ended(
+def until_ended(
     run: SyncRun,
     connection: Connection,
     provider: Provider,
@@ -150,7 +150,7 @@ def _preview(
         for customer, link in _candidates(connection, since=options["since"], limit=options["limit"]):
             if stop():
                 break
-            result, sample = _would_be(customer, link, connection, provider, outcome)
+            result, sample = would_be(customer, link, connection, provider, outcome)
             outcome.totals[result] += 1
             if sample and shown[result] < SAMPLES:
                 shown[result] += 1
@@ -185,7 +185,7 @@ def _candidates(
         page = list(customers.filter(pk__gt=page[-1].pk)[: min(PAGE_ROWS, left or PAGE_ROWS)])
 
 
-def _would_be(
+def would_be(
     customer: Customer, link: CustomerLink | None, connection: Connection, provider: Provider, outcome: Outcome
 ) -> tuple[str, str]:
     """The outcome that this customer would have, and a line that shows it."""

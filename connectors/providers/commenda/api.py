@@ -12,6 +12,7 @@ from uuid import UUID
 from django.db import transaction
 from django.db.models import Exists, OuterRef, Prefetch, QuerySet
 from django.utils import timezone
+from drf_spectacular.utils import extend_schema
 from rest_framework import exceptions, serializers
 from rest_framework.request import Request
 from rest_framework.response import Response
@@ -20,7 +21,27 @@ from connectors.inbound.errors import Fault
 from connectors.inbound.mirror import Mirror, read_query
 from connectors.models import Connection, CustomerLink
 from connectors.provider import Record
-from connectors.providers.commenda.wire import CHANGE, CREATION, DOCUMENTATION, NUMBER, documented, fields_of, show
+from connectors.providers.commenda.shapes import (
+    CHANGE_EXAMPLE,
+    CREATION_EXAMPLE,
+    CUSTOMER_ID,
+    DELETED,
+    EXTEND,
+    PAGE,
+    REFUSED,
+    answered,
+)
+from connectors.providers.commenda.wire import (
+    CHANGE,
+    CREATION,
+    DOCUMENTATION,
+    NUMBER,
+    Change,
+    Creation,
+    documented,
+    fields_of,
+    show,
+)
 from connectors.sync.receive import CREATED, receive
 from customers import editing
 from customers.models import Customer
@@ -32,6 +53,8 @@ ERRORS = {
     403: ("CLIENT_FORBIDDEN", "The API token does not permit this"),
     404: ("CLIENT_RESOURCE_NOT_FOUND", "Failed to find the resource"),
     405: ("CLIENT_METHOD_NOT_ALLOWED", "The method is not allowed here"),
+    409: ("CLIENT_CONFLICT", "The same request is still being processed"),
+    429: ("CLIENT_TOO_MANY_REQUESTS", "The API token makes too many requests"),
 }
 
 
@@ -160,6 +183,14 @@ class Customers(Mirror):
         shown = show(link, leading, extend=extend)
         return Response({**shown, "data": shown, "message": message})
 
+    @extend_schema(
+        operation_id="createCustomer",
+        summary="Create a customer",
+        description="An `external_id` that the corporation has already changes its customer. Also at `/customers`.",
+        request=Creation,
+        responses={**answered("Successfully created customer."), **REFUSED},
+        examples=[CREATION_EXAMPLE],
+    )
     def create(self, request: Request) -> Response:
         given = CREATION.run_validation(request.data)
         connection = self.corporation(given["corporation_id"])
@@ -186,6 +217,15 @@ class Customers(Mirror):
         done = "created" if received.outcome == CREATED else "updated"
         return self.answer(received.link, f"Successfully {done} customer.")
 
+    @extend_schema(
+        operation_id="updateCustomer",
+        summary="Change a customer",
+        description="A field that is left out stays as it is; null empties it.",
+        parameters=[CUSTOMER_ID],
+        request=Change,
+        responses={**answered("Successfully updated customer."), **REFUSED},
+        examples=[CHANGE_EXAMPLE],
+    )
     def update(self, request: Request, customer_id: str) -> Response:
         link = self.find(customer_id)
         given = CHANGE.run_validation(request.data)
@@ -212,10 +252,25 @@ class Customers(Mirror):
         assert received.link is not None  # a connection was given
         return self.answer(received.link, "Successfully updated customer.")
 
+    @extend_schema(
+        operation_id="getCustomer",
+        summary="Read a customer",
+        parameters=[CUSTOMER_ID],
+        request=None,
+        responses={**answered("Successfully fetched customer."), **REFUSED},
+    )
     def retrieve(self, request: Request, customer_id: str) -> Response:
         extend = ("shipping_address", "exemption_metadata")
         return self.answer(self.find(customer_id), "Successfully fetched customer.", extend=extend)
 
+    @extend_schema(
+        operation_id="deleteCustomer",
+        summary="Delete a customer",
+        description="The hub archives the customer: in this API it is gone.",
+        parameters=[CUSTOMER_ID],
+        request=None,
+        responses={**DELETED, **REFUSED},
+    )
     def destroy(self, request: Request, customer_id: str) -> Response:
         link = self.find(customer_id)
         now = timezone.now()
@@ -226,6 +281,14 @@ class Customers(Mirror):
                 raise exceptions.NotFound
         return Response(status=204)
 
+    @extend_schema(
+        operation_id="listCustomers",
+        summary="List customers",
+        description="Also at `/customers`.",
+        parameters=[ListQuery, EXTEND],
+        request=None,
+        responses={200: PAGE, **REFUSED},
+    )
     def list(self, request: Request) -> Response:
         query = read_query(ListQuery, request)
         connection = self.corporation(query["corporation_id"])

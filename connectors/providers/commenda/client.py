@@ -14,7 +14,7 @@ from rest_framework import serializers
 from connectors.exceptions import ConnectionUnusable, Gone, OutcomeUnknown, Rejected, RetryLater
 from connectors.models import Connection
 from connectors.outbound import Session, raise_for_answer
-from connectors.provider import Capabilities, Outgoing, Page, Provider, Record
+from connectors.provider import Capabilities, Outgoing, Page, Provider, Record, uuid_of
 from connectors.providers.commenda.api import Customers
 from connectors.providers.commenda.wire import ANSWERED, DOCUMENTATION, PARTS, SHIPPING, SPELLINGS, fields_of
 from connectors.sealing import Secret
@@ -55,12 +55,15 @@ class Commenda(Provider):
     def headers(self, *, account: str, credentials: Mapping[str, str]) -> dict[str, str | Secret]:
         return {"Authorization": Secret(f"Bearer {credentials.get('api_key', '')}")}
 
+    def marker(self, document: Mapping[str, Any]) -> UUID | None:
+        return uuid_of(document.get("external_id"))
+
     def capabilities(self, connection: Connection) -> Capabilities:
         return Capabilities(
             upsert_external_id=connection.options.get("upsert_by_external_id") is True,
             lists=True,
             fetches=True,
-            deletes="call",
+            deletes=True,
         )
 
     def document(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from drf_spectacular.utils import extend_schema_field, extend_schema_serializer
 from rest_framework import serializers
 
 from connectors.inbound.fields import Text, well_formed
@@ -30,6 +31,7 @@ EXEMPTIONS = {
 }
 
 
+@extend_schema_field({"enum": sorted(ALPHA2)})
 def alpha2(text: str) -> None:
     if text not in ALPHA2:
         raise serializers.ValidationError("Give the country as its ISO 3166-1 alpha-2 code, such as US.")
@@ -62,7 +64,10 @@ class Address(serializers.Serializer[Any]):
         return parts
 
 
+@extend_schema_serializer(component_name="CommendaAddress")
 class GivenAddress(Address):
+    """A shipping address in either spelling."""
+
     country = Text(validators=[alpha2])
 
 
@@ -74,6 +79,7 @@ class Answered(serializers.Serializer[Any]):
     shipping_address = Address(required=False, allow_null=True)
 
 
+@extend_schema_serializer(component_name="CommendaCustomerChange")
 class Change(serializers.Serializer[Any]):
     """The body of an update. A key that is absent leaves what is stored; null empties it."""
 
@@ -83,7 +89,10 @@ class Change(serializers.Serializer[Any]):
     business_identification_number = Text(max_length=255, required=False, allow_null=True, allow_blank=True)
 
 
+@extend_schema_serializer(component_name="CommendaCustomer")
 class Creation(Change):
+    """The body of a create."""
+
     name = Text(min_length=3, max_length=255)
     corporation_id = Text(trim_whitespace=False)
     external_id = Text(max_length=255, required=False, allow_null=True, trim_whitespace=False)

@@ -13,6 +13,7 @@ from django.db.models import Case, F, TextField, Value, When
 from django.db.models.fields.json import KT
 from django.db.models.functions import Cast, Coalesce, Greatest
 from django.utils import timezone
+from drf_spectacular.utils import OpenApiParameter, extend_schema, extend_schema_serializer
 from rest_framework import serializers
 from rest_framework.exceptions import NotFound
 from rest_framework.request import Request
@@ -24,6 +25,7 @@ from connectors.inbound.errors import Fault, dotted
 from connectors.inbound.mirror import Mirror
 from connectors.models import Connection, CustomerLink, SyncRun
 from connectors.provider import Record
+from connectors.providers.rootfi import shapes
 from connectors.providers.rootfi.listing import (
     Choice,
     Field,
@@ -78,11 +80,12 @@ class Batch(serializers.Serializer[Any]):
     run_async = serializers.BooleanField(default=False)
 
 
+@extend_schema_serializer(component_name="RootFiSyncOrder")
 class SyncOrder(serializers.Serializer[Any]):
     company_id = fields.Whole(min_value=0, max_value=MAX_ID)
     integration_type = serializers.RegexField(IDENTIFIER)
     full_sync = fields.Flag()
-    data_models_to_sync = serializers.ListField(child=serializers.RegexField(IDENTIFIER), max_length=50)
+    data_models_to_sync = serializers.ListField(child=serializers.RegexField(IDENTIFIER), min_length=1, max_length=50)
 
 
 def read_body(serializer: serializers.Serializer[Any], body: Any) -> dict[str, Any]:
@@ -271,6 +274,17 @@ class Customers(RootFiMirror):
     }
     sortable = ("rootfi_id", "rootfi_created_at", "rootfi_updated_at")
 
+    @extend_schema(
+        operation_id="createEcommerceCustomers",
+        summary="Create or change customers",
+        description="All or none. An item with a `platform_id` that the company has changes that record.",
+        parameters=[
+            OpenApiParameter("run_async", bool, description="As in the body, before which it comes."),
+        ],
+        request=shapes.Batch,
+        responses={200: shapes.STORED, **shapes.REFUSED, **shapes.UNKNOWN},
+        examples=[shapes.BATCH_EXAMPLE],
+    )
     def create(self, request: Request) -> Response:
         body = read_body(BATCH, request.data)
         run_async = body["run_async"]
@@ -294,6 +308,13 @@ class Customers(RootFiMirror):
         shown = [WIRE.show(result.link, company_id=body["company_id"]) for result in received if result.link]
         return Response({"data": shown, "sync_id": run.public_id})
 
+    @extend_schema(
+        operation_id="listEcommerceCustomers",
+        summary="List customers",
+        parameters=shapes.query(fields, sortable=sortable, names=("select", "include_deleted_records", "return_count")),
+        request=None,
+        responses={200: shapes.CUSTOMERS, **shapes.REFUSED},
+    )
     def list(self, request: Request) -> Response:
         listing = understand(request.query_params, fields=self.fields, sortable=self.sortable)
         companies = self.companies(listing)
@@ -339,6 +360,13 @@ class Syncs(RootFiMirror):
         SyncRun.State.CANCELLED: "FAILED",
     }
 
+    @extend_schema(
+        operation_id="createSync",
+        summary="Sync a company",
+        request=SyncOrder,
+        responses={200: shapes.ORDERED, **shapes.REFUSED, **shapes.UNKNOWN},
+        examples=[shapes.ORDER_EXAMPLE],
+    )
     def create(self, request: Request) -> Response:
         body = read_body(SYNC_ORDER, request.data)
         connection = self.company(body.pop("company_id"))
@@ -358,6 +386,13 @@ class Syncs(RootFiMirror):
         run.save()
         return Response({"data": self.shown(run, body, company_id=int(connection.account))})
 
+    @extend_schema(
+        operation_id="listSyncs",
+        summary="List syncs",
+        parameters=shapes.query(fields),
+        request=None,
+        responses={200: shapes.SYNCS, **shapes.REFUSED},
+    )
     def list(self, request: Request) -> Response:
         query = request.query_params.copy()
         for name in ("next", "prev"):

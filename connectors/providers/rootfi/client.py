@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -23,7 +22,7 @@ from connectors.exceptions import (
 )
 from connectors.models import Connection, SyncRun
 from connectors.outbound import Session
-from connectors.provider import Capabilities, Outgoing, Page, Provider, Record
+from connectors.provider import Capabilities, Outgoing, Page, Provider, Record, uuid_of
 from connectors.providers.rootfi import api
 from connectors.providers.rootfi.wire import FIELDS, PATHS, STATUSES, WIRE, timestamp, write
 from connectors.sealing import Secret
@@ -55,6 +54,9 @@ class RootFi(Provider):
     def headers(self, *, account: str, credentials: Mapping[str, str]) -> dict[str, str | Secret]:
         return {"api_key": Secret(credentials.get("api_key", ""))}
 
+    def marker(self, document: Mapping[str, Any]) -> UUID | None:
+        return uuid_of(str(document.get("platform_id") or "").removesuffix("_1"))
+
     def capabilities(self, connection: Connection) -> Capabilities:
         updates = _option(connection, UPDATES)
         size = 1 if _option(connection, SINGLY) else BATCH
@@ -64,7 +66,7 @@ class RootFi(Provider):
             lists=True,
             fetches=True,
             incremental=True,
-            deletes="flag",
+            shows_deleted="flag",
             batch=size,
             update_batch=size,
         )
@@ -117,45 +119,15 @@ class RootFi(Provider):
     def send(
         self, session: Session, connection: Connection, items: Sequence[Mapping[str, Any]]
     ) -> list[Record | ConnectorError]:
-        """One answer per item, in order. A refused batch is halved until the refused items are found."""
-        answers: list[Record | ConnectorError] = []
-        size = self.capabilities(connection).batch
-        waiting = [items[start : start + size] for start in range(0, len(items), size)][::-1]
-        stop: ConnectorError | None = None
-        ends = time.monotonic() + session.deadline
-        while waiting:
-            part = waiting.pop()
-            if answers and stop is None and time.monotonic() > ends:
-                # The lease on these records covers one call's deadline; what is left is sent in another go.
-                stop = RetryLater("Not sent: the calls before took too long.")
-            if stop is not None:
-                answers += [stop] * len(part)
-                continue
-            try:
-                answers += self.post(session, connection, part)
-            except Rejected as error:
-                if len(part) == 1:
-                    error.field = HUB_NAMES.get(_named(error.message), error.field)
-                    answers.append(error)
-                else:
-                    middle = len(part) // 2
-                    waiting += [part[middle:], part[:middle]]
-            except OutcomeUnknown as error:
-                answers += [error] * len(part)
-                stop = RetryLater("Not sent: RootFi did not answer the call before.")
-            except ConnectorError as error:
-                # Nothing was stored, and the next call would fare no better.
-                answers += [error] * len(part)
-                stop = error
-        return answers
-
-    def post(
-        self, session: Session, connection: Connection, items: Sequence[Mapping[str, Any]]
-    ) -> list[Record | ConnectorError]:
-        """One call. RootFi answers in the order of the items, so position tells which record is whose."""
-        body = self.call(
-            session, "POST", json={"company_id": _company(connection), "data": [dict(item) for item in items]}
-        )
+        """One call, one answer per item. RootFi answers in the order of the items, so position tells which is whose."""
+        try:
+            body = self.call(
+                session, "POST", json={"company_id": _company(connection), "data": [dict(item) for item in items]}
+            )
+        except Rejected as error:
+            if len(items) == 1:
+                error.field = HUB_NAMES.get(_named(error.message), error.field)
+            raise
         shown = body.get("data") if isinstance(body, dict) else None
         if not isinstance(shown, list) or len(shown) != len(items):
             raise OutcomeUnknown(f"RootFi did not answer with the {len(items)} records that were sent.")

@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-import orjson
+from drf_spectacular.utils import extend_schema_serializer
 from rest_framework import serializers
 
 from connectors.inbound import fields
 from connectors.models import CustomerLink
 from connectors.provider import Record
-from customers import editing
+from customers import editing, jsontext
 from customers.models import Customer
 
 ACTIVE, ARCHIVED, UNKNOWN = STATUSES = ("ACTIVE", "ARCHIVED", "UNKNOWN")
@@ -54,7 +54,7 @@ def updated(link: CustomerLink) -> datetime:
 
 
 def data_hash(document: Mapping[str, Any]) -> str:
-    return hashlib.sha256(orjson.dumps(document, option=orjson.OPT_SORT_KEYS)).hexdigest()
+    return hashlib.sha256(jsontext.dumps(document, option=jsontext.SORT_KEYS)).hexdigest()
 
 
 class Text(fields.Text):
@@ -64,6 +64,7 @@ class Text(fields.Text):
         super().__init__(**{"required": False, "allow_null": True, "allow_blank": True, **options})
 
 
+@extend_schema_serializer(component_name="RootFiAddress")
 class Address(serializers.Serializer[Any]):
     rootfi_id = fields.Whole(required=False, allow_null=True, min_value=0, max_value=MAX_ID)
     platform_id = Text(max_length=255)
@@ -75,6 +76,7 @@ class Address(serializers.Serializer[Any]):
     country = Text()
 
 
+@extend_schema_serializer(component_name="RootFiCustomer")
 class Wire(serializers.Serializer[Any]):
     """The writable keys of one customer. Any others are ignored: the documented answer has several more."""
 

@@ -1,0 +1,161 @@
+"""What the list of customers can be narrowed by, and the cursor that leads through it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+from uuid import UUID
+
+import orjson
+from django.db.models import Q, QuerySet
+from rest_framework import serializers
+
+from connectors.api import cursors
+from connectors.inbound.fields import Text
+from connectors.models import REMOTE_ID_LENGTH, CustomerLink
+from connectors.providers.links import ListQuery
+from customers.editing import LENGTHS
+from customers.ids import parse_public_id
+from customers.models import Customer, Organization
+from customers.normalize import email_key, name_key, phone_key
+
+FILTERS = (
+    "email",
+    "phone",
+    "name",
+    "q",
+    "updated_since",
+    "source_system",
+    "source_id",
+    "is_active",
+    "include_archived",
+)
+
+
+class Moment(serializers.DateTimeField):
+    """RFC 3339. A "+" that was not percent-encoded arrives as a blank."""
+
+    def to_internal_value(self, value: Any) -> datetime:
+        try:
+            moment = datetime.fromisoformat(re.sub(r"(T\S+) (\d\d:\d\d)$", r"\1+\2", str(value)))
+            if moment.tzinfo is not None:
+                return moment.astimezone(UTC)
+        except (ValueError, OverflowError):
+            pass
+        raise serializers.ValidationError("Give a time with its zone, such as 2026-01-31T08:00:00Z.")
+
+
+class Filters(ListQuery):
+    """What a list can be narrowed by, all of it at once, and the cursor."""
+
+    cursor = serializers.CharField(
+        required=False,
+        allow_blank=True,
+        trim_whitespace=False,
+        help_text="Empty for the first page, then the next_cursor of the answer before; with the same filters.",
+    )
+    email = Text(required=False, max_length=LENGTHS["email"], help_text="The e-mail address, in any case.")
+    phone = Text(
+        required=False, max_length=LENGTHS["phone"], trim_whitespace=False, help_text="The number, however written."
+    )
+    name = Text(required=False, max_length=LENGTHS["name"], help_text="How the name begins, in any case.")
+    q = Text(
+        required=False,
+        max_length=LENGTHS["name"],
+        trim_whitespace=False,
+        help_text="A customer's id, or an e-mail address, a phone number or how a name begins.",
+    )
+    updated_since = Moment(required=False, help_text="Changed at this time or later.")
+    source_system = Text(required=False, max_length=32, help_text="Known to a system that speaks this API.")
+    source_id = Text(
+        required=False,
+        max_length=REMOTE_ID_LENGTH,
+        trim_whitespace=False,
+        help_text="Known under this id to a system, or to source_system.",
+    )
+    is_active = serializers.BooleanField(required=False)
+    include_archived = serializers.BooleanField(default=False)
+
+
+def select(rows: QuerySet[Customer], query: Mapping[str, Any], *, organization: Organization) -> QuerySet[Customer]:
+    """Those of the organization's customers that the filters leave. Raises ValidationError."""
+    rows = rows.filter(merged_into=None)
+    if not query["include_archived"]:
+        rows = rows.filter(archived_at=None)
+    if "is_active" in query:
+        rows = rows.filter(is_active=query["is_active"])
+    if "updated_since" in query:
+        rows = rows.filter(updated_at__gte=query["updated_since"])
+    if "email" in query:
+        rows = rows.filter(email_key=_email(query["email"]))
+    if "phone" in query:
+        key = _phone(query["phone"], organization)
+        if not key:
+            raise serializers.ValidationError({"phone": ["Give a phone number, such as +1234567890."]})
+        rows = rows.filter(phone_key=key)
+    if "name" in query:
+        key = _name(query["name"])
+        if not key:
+            raise serializers.ValidationError({"name": ["Give how the name begins."]})
+        rows = rows.filter(name_key__startswith=key)
+    if "q" in query:
+        rows = rows.filter(_meant(query["q"], organization))
+    if "source_system" in query or "source_id" in query:
+        links = CustomerLink.objects.filter(connection__organization=organization, deleted_at=None)
+        if "source_system" in query:
+            links = links.filter(connection__provider=query["source_system"])
+        if "source_id" in query:
+            links = links.filter(remote_id=query["source_id"])
+        rows = rows.filter(pk__in=links.values("customer_id"))
+    return rows
+
+
+def _meant(text: str, organization: Organization) -> Q:
+    """The customer with this id, or else those with this e-mail, this phone or this beginning of a name.
+
+    Each part has an index; the middle of a name is not looked into.
+    """
+    if (uid := parse_public_id("cust", text.strip())) is not None:
+        merged = Customer.objects.filter(organization=organization, pk=uid, merged_into__isnull=False)
+        return Q(pk=uid) | Q(pk__in=merged.values("merged_into"))
+    found = Q(pk__in=[])
+    if name := _name(text):
+        found |= Q(name_key__startswith=name)
+    if email := _email(text):
+        found |= Q(email_key=email)
+    if phone := _phone(text, organization):
+        found |= Q(phone_key=phone)
+    return found
+
+
+def _email(text: str) -> str:
+    return email_key(text)[: LENGTHS["email_key"]]
+
+
+def _name(text: str) -> str:
+    return name_key(text)[: LENGTHS["name_key"]]
+
+
+def _phone(text: str, organization: Organization) -> str:
+    # A "+" that was not percent-encoded arrives as a blank.
+    text = f"+{text[1:]}" if text.startswith(" ") else text
+    return phone_key(text, country=organization.country)[: LENGTHS["phone_key"]]
+
+
+def write_cursor(last: UUID, query: Mapping[str, str], *, organization: Organization) -> str:
+    """The place after this customer, in the list that the filters of this query string leave."""
+    return cursors.write(last.bytes, of=_list(query), organization_id=organization.pk)
+
+
+def read_cursor(cursor: str, query: Mapping[str, str], *, organization: Organization) -> UUID:
+    """The customer that `write_cursor` was given. Raises ValidationError, also for a cursor of other filters."""
+    place = cursors.read(cursor, of=_list(query), organization_id=organization.pk)
+    if len(place) != 16:
+        raise serializers.ValidationError({"cursor": ["Send the next_cursor of the answer before."]})
+    return UUID(bytes=place)
+
+
+def _list(query: Mapping[str, str]) -> str:
+    return "customers" + orjson.dumps([[name, query.get(name)] for name in FILTERS]).decode()
