@@ -1,6 +1,8 @@
 """One vocabulary of states: the word, the icon and whose turn it is, for admin, API and commands alike."""
 
 from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Protocol
 
 from django.db import models
 
@@ -70,3 +72,84 @@ STATUSES = {
         Status("not_linked", "Not linked", "–", "nobody", "base", "Not in {system}."),
     )
 }
+
+
+@dataclass(frozen=True)
+class Health:
+    """How a connection, or a run, is shown. `sentence` may name {reason}, {wait} and {parked}."""
+
+    key: str
+    word: str
+    icon: str
+    tone: str
+    sentence: str = ""
+
+
+HEALTH = {
+    health.key: health
+    for health in (
+        Health("healthy", "Healthy", "✓", "success", "Customers go out and come in."),
+        Health("degraded", "Degraded", "◐", "warning", "It works, but {parked}."),
+        Health("rate_limited", "Rate-limited", "⏳", "warning", "It asked us to wait until {wait}."),
+        Health("failing", "Failing", "✕", "danger", "It does not answer as it should. The next try is at {wait}."),
+        Health("needs_login", "Needs login", "⚠", "danger", "The login has ended: {reason}"),
+        Health("paused", "Paused", "‖", "base", "Paused: {reason}"),
+        Health("calls_us", "Calls us", "⇠", "base", "It reads and writes customers through the hub's API."),
+    )
+}
+
+RUN_STATUSES = {
+    status.key: status
+    for status in (
+        Health("queued", "Queued", "●", "info"),
+        Health("running", "Running", "⟳", "info"),
+        Health("succeeded", "Succeeded", "✓", "success"),
+        Health("partly_succeeded", "Partly succeeded", "◐", "warning"),
+        Health("failed", "Failed", "✕", "danger"),
+        Health("cancelled", "Cancelled", "–", "base"),
+    )
+}
+
+# A customer that waits longer than this to be sent makes its connection degraded.
+LATE = timedelta(hours=1)
+
+
+class _Connection(Protocol):
+    state: str
+    state_reason: str
+    direction: str
+    not_before: datetime | None
+    breaker_trips: int
+    breaker_until: datetime | None
+
+
+def health_key(connection: _Connection, *, parked: int = 0, oldest_due: datetime | None = None, now: datetime) -> str:
+    """The key in HEALTH. `parked`: links there that wait for a person; `oldest_due`: since when one is due."""
+    if connection.state == "needs_reauth":
+        return "needs_login"
+    if connection.state == "paused":
+        return "paused"
+    if connection.direction == "calls_us":
+        return "calls_us"
+    if connection.breaker_trips and connection.breaker_until is not None:
+        return "failing"
+    if connection.not_before is not None and connection.not_before > now:
+        return "rate_limited"
+    if parked or (oldest_due is not None and oldest_due < now - LATE):
+        return "degraded"
+    return "healthy"
+
+
+def health_sentence(
+    connection: _Connection, *, parked: int = 0, oldest_due: datetime | None = None, now: datetime
+) -> str:
+    key = health_key(connection, parked=parked, oldest_due=oldest_due, now=now)
+    wait = connection.breaker_until if key == "failing" else connection.not_before
+    told = [f"{parked} customers wait for a person"] if parked else []
+    if oldest_due is not None and oldest_due < now - LATE:
+        told.append(f"the first has waited since {oldest_due:%Y-%m-%d %H:%M} UTC")
+    return HEALTH[key].sentence.format(
+        reason=connection.state_reason or "no reason is given",
+        wait=f"{wait:%Y-%m-%d %H:%M:%S} UTC" if wait else "later",
+        parked=" and ".join(told),
+    )

@@ -116,6 +116,12 @@ class Customer(models.Model):
             ),
             models.Index(fields=["-updated_at", "-id"], name="customer_recent"),
         ]
+        permissions = [
+            ("import_customer", "Can import customers"),
+            ("export_customer", "Can export customers"),
+            ("view_personal_data", "Can see personal data"),
+            ("reveal_personal_data", "Can reveal one customer's personal data, which is logged"),
+        ]
 
     def __str__(self) -> str:
         return self.name

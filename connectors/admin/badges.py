@@ -11,22 +11,8 @@ from django.http import HttpRequest
 from django.utils.html import format_html, format_html_join
 
 from connectors.models import Connection, CustomerLink, SyncRun
-from connectors.states import PARKED, STATUSES, LinkState
+from connectors.states import HEALTH, PARKED, RUN_STATUSES, STATUSES, LinkState, health_key, health_sentence
 from customers.admin import organizations
-
-RUN_BADGES = {
-    SyncRun.State.QUEUED: ("●", "info"),
-    SyncRun.State.RUNNING: ("⟳", "info"),
-    SyncRun.State.SUCCEEDED: ("✓", "success"),
-    SyncRun.State.PARTLY: ("◐", "warning"),
-    SyncRun.State.FAILED: ("✕", "danger"),
-    SyncRun.State.CANCELLED: ("–", "base"),
-}
-CONNECTION_BADGES = {
-    Connection.State.ACTIVE: ("✓", "success"),
-    Connection.State.PAUSED: ("‖", "base"),
-    Connection.State.NEEDS_REAUTH: ("🔑", "danger"),
-}
 
 
 def badge(icon: str, word: str, tone: str, *, title: str = "") -> str:
@@ -45,16 +31,17 @@ def link_badge(key: str) -> str:
 
 
 def run_badge(run: SyncRun) -> str:
-    icon, tone = RUN_BADGES[SyncRun.State(run.state)]
-    return badge(icon, run.get_state_display(), tone, title=run.error)
+    status = RUN_STATUSES[run.state]
+    return badge(status.icon, status.word, status.tone, title=run.error)
 
 
-def connection_badge(connection: Connection, *, now: datetime) -> str:
-    if connection.state == Connection.State.ACTIVE and connection.not_before and connection.not_before > now:
-        until = f"It asked to wait until {connection.not_before:%Y-%m-%d %H:%M:%S} UTC."
-        return badge("⏳", "Rate-limited", "warning", title=until)
-    icon, tone = CONNECTION_BADGES[Connection.State(connection.state)]
-    return badge(icon, connection.get_state_display(), tone, title=connection.state_reason)
+def connection_badge(
+    connection: Connection, *, parked: int = 0, oldest_due: datetime | None = None, now: datetime
+) -> str:
+    """Healthy, Degraded and so on, with the sentence for the pointer."""
+    health = HEALTH[health_key(connection, parked=parked, oldest_due=oldest_due, now=now)]
+    sentence = health_sentence(connection, parked=parked, oldest_due=oldest_due, now=now)
+    return badge(health.icon, health.word, health.tone, title=sentence)
 
 
 def summary(counts: Mapping[str, int]) -> str:

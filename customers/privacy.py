@@ -1,0 +1,45 @@
+"""What is personal of a customer, and how it is shown to those who may not see it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from django.contrib.auth.models import AnonymousUser
+from django.db.models import Model
+
+from customers.editing import ADDRESS
+
+SEE, REVEAL = "customers.view_personal_data", "customers.reveal_personal_data"
+# A customer's name stays readable: without it nobody could work.
+PERSONAL = frozenset(
+    {"email", "phone", "custom_fields"}
+    | {f"{prefix}_{part}" for prefix in ("address", "shipping_address") for part in ADDRESS if part != "country"}
+)
+HIDDEN = "•••"
+
+
+def sees(user: Model | AnonymousUser) -> bool:
+    """Whether this person may see personal data without asking."""
+    return bool(user.has_perm(SEE))  # type: ignore[union-attr] # every user model of Django has it
+
+
+def masked(name: str, value: Any) -> Any:
+    """The value of this customer field with what is personal hidden; an empty value stays empty.
+
+    An e-mail address keeps its first letter and its domain, a phone number its last two digits.
+    """
+    if name not in PERSONAL or value in (None, "", {}):
+        return value
+    text = value if isinstance(value, str) else json.dumps(value)
+    if name == "email" and "@" in text:
+        box, _, domain = text.rpartition("@")
+        return f"{box[:1]}{HIDDEN}@{domain}"
+    if name == "phone" and len(text) > 5:
+        return f"{HIDDEN} {text[-2:]}"
+    return HIDDEN
+
+
+def masked_all(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: masked(name, value) for name, value in values.items()}
