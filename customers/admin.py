@@ -273,6 +273,8 @@ class CustomerAdmin(OwnAdmin):
         self, request: HttpRequest, object_id: str, extra_context: dict[str, Any] | None = None
     ) -> HttpResponse:
         customer = self.get_object(request, object_id)
+        if not self.has_view_or_change_permission(request, customer):
+            raise PermissionDenied
         return HttpResponseRedirect(
             reverse("admin:customers_customerchange_changelist") + f"?customer__id__exact={customer.pk}"
         )
