@@ -1,4 +1,4 @@
-"""R21: every address and every action of the admin, for everybody: as `pages.PAGES` and `pages.ACTIONS` say, no more."""
+"""R21: every address and action of the admin, for everybody: as `pages.PAGES` and `pages.ACTIONS` say, no more."""
 
 from __future__ import annotations
 
