@@ -108,14 +108,19 @@ class Person:
 
     def press(self, words: str, *, within: str = "") -> Person:
         """Click the button or link that is called so, and wait for the page it leads to."""
-        return self._go(lambda: self._named(words, within).click())
+        return self._go(lambda: self._to(self._named(words, within)).click())
 
     def click(self, selector: str) -> Person:
-        return self._go(lambda: self.find(selector).click())
+        return self._go(lambda: self._to(self.find(selector)).click())
 
     def submit(self, selector: str) -> Person:
         """Enter, in this field."""
         return self._go(lambda: self.find(selector).submit())
+
+    def _to(self, element: WebElement) -> WebElement:
+        """Scroll to it: the driver itself presses what lies under a bar at the edge of the screen."""
+        self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
+        return element
 
     def _go(self, act: Callable[[], None]) -> Person:
         before = self._page()
@@ -200,7 +205,7 @@ class Person:
         """Tick the box, or choose the radio button; what is covered by a drawn switch is pressed at its label."""
         element = self.driver.find_element(By.CSS_SELECTOR, selector)
         if not element.is_selected():
-            element.click()
+            self._to(element).click()
         assert element.is_selected()
         return self
 
@@ -260,7 +265,7 @@ FITS = """
 const root = document.documentElement;
 const wide = root.scrollWidth, limit = window.innerWidth;
 const broad = wide <= limit ? [] : [...document.body.querySelectorAll('*')]
-  .filter(e => e.getBoundingClientRect().right > limit + 1 && !e.closest('.hub-scroll'))
+  .filter(e => e.getBoundingClientRect().right > limit + 1 )
   .slice(0, 5).map(e => e.tagName + '.' + e.className + ' ' + (e.id || '') + ' ' + e.innerText?.slice(0, 40));
 return [wide, limit, broad];
 """
