@@ -16,7 +16,6 @@ from customers.models import Customer, CustomerChange
 from customers.normalize import clean_text, is_email
 from customers.theme import EmailInput, ModelForm, TextInput
 
-
 ABSENT = object()  # of a custom field: there is none of that name
 
 
