@@ -9,9 +9,10 @@ import string
 from collections.abc import Mapping
 from datetime import datetime
 from typing import ClassVar
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import orjson
+from django.core.exceptions import ValidationError
 from django.core.validators import MinValueValidator
 from django.db import models
 from django.db.models import F, Q
@@ -23,6 +24,20 @@ from customers.ids import public_id, uuid7
 from customers.models import Customer, CustomerChange, Organization
 
 REMOTE_ID_LENGTH = 255
+REMOTE_ID = "{remote_id}"
+
+
+def check_record_url(text: str) -> None:
+    """Raise ValidationError unless the text makes a web address of every record's id."""
+    try:
+        address = urlsplit(text)
+    except ValueError:
+        address = urlsplit("")
+    good = address.scheme in ("http", "https") and address.hostname and "@" not in address.netloc
+    if not good or any(c.isspace() or ord(c) < 32 or c == "\\" for c in text):
+        raise ValidationError("Enter a web address that begins with https://.")
+    if REMOTE_ID in address.netloc or REMOTE_ID not in text:
+        raise ValidationError(f"Put {REMOTE_ID} where the record's id belongs, behind the host.")
 
 
 class Connection(models.Model):
@@ -74,6 +89,13 @@ class Connection(models.Model):
         blank=True,
         max_length=500,
         help_text="Where the API is, with its base path. A change of host clears the credentials.",
+    )
+    record_url = models.CharField(
+        "address of a record there",
+        max_length=500,
+        blank=True,
+        validators=[check_record_url],
+        help_text=f"Where people see one record in that system, such as https://app.example.com/customers/{REMOTE_ID}.",
     )
     credentials = models.TextField(blank=True, editable=False)
     options = models.JSONField(
@@ -176,6 +198,12 @@ class Connection(models.Model):
     @property
     def pulls(self) -> bool:
         return self.direction in self.PULLING
+
+    def record_address(self, remote_id: str | None) -> str:
+        """Where people see this record in that system; "" when that is not known."""
+        if not remote_id or not self.record_url:
+            return ""
+        return self.record_url.replace(REMOTE_ID, quote(remote_id, safe=""))
 
     def _context(self) -> str:
         # Bound to the host: a changed address cannot be sent credentials that were meant for another.

@@ -66,6 +66,7 @@ class ConnectionForm(ModelForm):
             "account",
             "direction",
             "base_url",
+            "record_url",
             "conflict_policy",
             "field_policies",
             "create_policy",
@@ -219,7 +220,7 @@ class ConnectionAdmin(OwnAdmin):
         provider = "provider_label" if obj else "provider"
         return [
             ("System", {"fields": ["organization", provider, "name", "account", "direction"]}),
-            ("Address and login", {"fields": ["base_url", *secrets]}),
+            ("Address and login", {"fields": ["base_url", "record_url", *secrets]}),
             ("Conflicts", {"fields": ["conflict_policy", "field_policies"]}),
             (
                 "Creating and deleting",
