@@ -87,6 +87,8 @@ def _both(need: str, seeing: str) -> str:
     return " | ".join(f"{need} & {way.strip()}" for way in seeing.split("|"))
 
 
+COMPARE = _both(PUSH, SEE_CUSTOMERS) + " | " + _both("connectors.view_customerlink", SEE_CUSTOMERS)
+NOTE = _both("customers.add_note", SEE_CUSTOMERS)
 ANY_OF_AUTH = " | ".join(
     f"auth.{verb}_{name}" for verb in ("view", "add", "change", "delete") for name in ("user", "group")
 )
@@ -107,6 +109,12 @@ PAGES: dict[str, Page] = {
     "customers_customer_push": Page(post=_both(PUSH, SEE_CUSTOMERS), of="customer"),
     "customers_customer_archive": Page(post="customers.change_customer", of="customer"),
     "customers_customer_restore": Page(post="customers.change_customer", of="archived"),
+    "customers_customer_note": Page(post=NOTE, of="customer", data={"text": "Called back."}),
+    "customers_customer_preview": Page(get=COMPARE, of="customer", look=True),
+    "customers_customer_read": Page(post=_both(PUSH, SEE_CUSTOMERS), of="customer"),
+    "customers_customer_link": Page(get=_both(PUSH, SEE_CUSTOMERS), of="customer", look=True),
+    "customers_customer_link_read": Page(post=_both(PUSH, SEE_CUSTOMERS), of="customer"),
+    "customers_customer_link_save": Page(post=_both(PUSH, SEE_CUSTOMERS), of="customer", data={"side": "here"}),
     **_model("customers", "customerchange"),
     # Connections
     **_model(

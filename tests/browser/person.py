@@ -243,6 +243,13 @@ class Person:
         severe = [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] == "SEVERE"]
         assert [message for message in severe if "favicon" not in message] == []
 
+    def judged(self) -> Person:
+        """For pages that only a press leads to: what the list of pages cannot visit is judged on the way."""
+        if self.mode.scripts:
+            assert not (found := self.barriers()), "\n".join(found)
+        assert not (wrong := self.wrongly_built()), wrong
+        return self
+
     def barriers(self) -> list[str]:
         """What axe finds serious or critical on this page, one line each."""
         if not self.driver.execute_script("return 'axe' in window"):

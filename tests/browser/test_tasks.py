@@ -9,6 +9,8 @@ import pytest
 from django.contrib.auth.models import User
 
 from connectors.models import ApiKey, Connection
+from customers import editing
+from customers.editing import Actor
 from customers.models import Customer, Organization
 from tests.browser.conftest import customer
 from tests.browser.person import Person
@@ -54,6 +56,37 @@ def test_a_rejection_leads_to_the_field_and_is_mended_there(
     person.fill("#id_email", "contact@acme.com").click("button[name=_push]")
     person.reads("Sent. Books accepted version 2", "In sync")
     assert far.system.records["cust_1"]["email"] == "contact@acme.com"
+
+
+def test_look_at_a_push_before_it_is_sent(person: Person, acme: Customer, books: Connection, far: Far) -> None:
+    person.open(page_of(acme)).press("Compare with Books")
+    person.reads("contact@acme.com", "POST", "/unified/customer").judged()
+    assert "remote-key" not in person.driver.page_source
+    assert far.system.ledger == []
+    person.press("Create in Books").reads("Sent. Books accepted version 1 as cust_1.").judged()
+    far.system.records["cust_1"]["phone"] = "1234567"
+    person.press("Read it now").reads("The values there were read just now", "1234567").judged()
+    assert len(far.system.writes) == 1
+
+
+def test_a_save_over_somebody_elses_is_decided_field_by_field(person: Person, acme: Customer) -> None:
+    person.open(page_of(acme)).fill("#id_phone", "111").fill("#id_first_name", "Jo")
+    sam = Actor(kind="user", id="2", name="Sam")
+    editing.update(organization=acme.organization, values={acme.pk: {"phone": "222", "last_name": "Doe"}}, actor=sam)
+    person.click("button[name=_continue]").reads("Nothing was saved, and nothing is lost", "Sam", "222", "111").judged()
+    person.tick("input[name=choice-phone][value=yours]").click("button[name=_save]")
+    acme.refresh_from_db()
+    assert (acme.phone, acme.first_name, acme.last_name) == ("111", "Jo", "Doe")
+
+
+def test_link_a_customer_to_the_record_that_is_there(
+    person: Person, acme: Customer, books: Connection, far: Far
+) -> None:
+    far.system.records["cust_9"] = {"id": "cust_9", "name": "Acme Corp.", "email": "contact@acme.com"}
+    person.open(page_of(acme)).press("Link to a record in Books").fill("#link-id", "cust_9").press("Read it there")
+    person.reads("Acme Corp.", "Whose values are kept").judged().tick("input[name=side][value=here]").press("Link")
+    person.reads("is linked to record cust_9 in Books")
+    assert acme.links.get().remote_id == "cust_9"
 
 
 def test_push_many_at_once_after_looking_at_what_it_comes_down_to(
