@@ -201,13 +201,13 @@ LOGGING = {
 }
 
 
-def sidebar(title: str, icon: str, page: str, right: str) -> dict[str, Any]:
-    """A line of the side bar, for those with the right."""
+def sidebar(title: str, icon: str, page: str, *rights: str) -> dict[str, Any]:
+    """A line of the side bar, for those with one of the rights; without any, for superusers."""
     return {
         "title": title,
         "icon": icon,
         "link": reverse_lazy(f"admin:{page}"),
-        "permission": lambda request: request.user.has_perm(right),
+        "permission": lambda request: request.user.is_superuser or any(map(request.user.has_perm, rights)),
     }
 
 
@@ -225,7 +225,10 @@ UNFOLD = {
                 "title": "Work",
                 "items": [
                     {"title": "Dashboard", "icon": "dashboard", "link": reverse_lazy("admin:index")},
-                    sidebar("Needs you", "inbox", "connectors_customerlink_needs_you", "connectors.view_customerlink"),
+                    sidebar(
+                        *("Needs you", "inbox", "connectors_customerlink_needs_you", "connectors.view_customerlink"),
+                        *("connectors.change_connection", "connectors.change_issue"),
+                    ),
                     sidebar("Customers", "group", "customers_customer_changelist", "customers.view_customer"),
                 ],
             },
@@ -255,6 +258,7 @@ UNFOLD = {
                 "items": [
                     sidebar("Users", "person", "auth_user_changelist", "auth.view_user"),
                     sidebar("Groups", "groups", "auth_group_changelist", "auth.view_group"),
+                    sidebar("Organizations", "domain", "customers_organization_changelist"),
                 ],
             },
         ],

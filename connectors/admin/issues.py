@@ -47,7 +47,7 @@ class OpenFilter(admin.SimpleListFilter):
 @admin.register(Issue)
 class IssueAdmin(ReadOnlyAdmin):
     change_form_template = "connectors/issue.html"
-    list_display = ["kind", "words", "connection", "state_shown", "count", "first", "last"]
+    list_display = ["kind", "connection", "state_shown", "count", "first", "last"]
     list_display_links = ["kind"]
     list_select_related = ["connection"]
     list_filter = [OrganizationFilter, ConnectionFilter, OpenFilter, "kind"]
@@ -62,7 +62,8 @@ class IssueAdmin(ReadOnlyAdmin):
         def words(issue: Issue) -> str:
             return words_of(issue, clear=clear)
 
-        return [words if name == "words" else name for name in self.list_display]
+        first, *others = self.list_display
+        return [first, words, *others]
 
     @admin.display(description="State")
     def state_shown(self, issue: Issue) -> str:
@@ -80,7 +81,7 @@ class IssueAdmin(ReadOnlyAdmin):
         return bool(request.user.has_perm("connectors.change_issue"))
 
     def get_urls(self) -> list[URLPattern]:
-        return [self.posted("see-to", self.see_to_view), *super().get_urls()]
+        return [self.posted("seen", self.see_to_view), *super().get_urls()]
 
     def render_change_form(
         self,

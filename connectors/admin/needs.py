@@ -17,7 +17,7 @@ from django.urls import URLPattern, path, reverse
 from django.utils import timezone
 from django.utils.dateparse import parse_datetime
 from django.utils.http import urlencode
-from django.views.decorators.http import require_safe, require_POST
+from django.views.decorators.http import require_POST, require_safe
 
 from connectors.admin.badges import badge, link_badge
 from connectors.models import MAY_NEED_SOMEBODY, Connection, CustomerLink, Issue
@@ -63,7 +63,7 @@ _KIND = Case(
 )
 
 
-def waiting(connections: Iterable[Connection]) -> QuerySet[CustomerLink]:
+def waiting(connections: Iterable[Connection]) -> QuerySet[Any]:
     """The links of these connections that wait for a person, each with its `kind`."""
     ids = [connection.pk for connection in connections if not connection.calls_us]
     return CustomerLink.objects.filter(MAY_NEED_SOMEBODY, _WAITS, connection__in=ids).annotate(kind=_KIND)
@@ -126,7 +126,8 @@ def safe_text(text: str, customer: Customer, *, clear: bool) -> str:
     for name in privacy.PERSONAL:
         value = getattr(customer, name)
         if isinstance(value, str) and len(value) >= SHORTEST_SECRET:
-            text = re.sub(re.escape(value), lambda found, name=name, value=value: masked(name, value), text, flags=re.I)
+            parts = re.split(re.escape(value), text, flags=re.IGNORECASE)
+            text = str(masked(name, value)).join(parts)
     return text
 
 
@@ -217,7 +218,7 @@ class NeedsYouPages(ReadOnlyAdmin):
         cause = request.GET.get("cause", "")
         of_links = [kind for kind in shown if kind in KINDS]
         numbers = counted(connections) if set(kinds) & set(KINDS) else {}
-        rows = waiting(chosen) if of_links else CustomerLink.objects.none()
+        rows: QuerySet[Any] = waiting(chosen) if of_links else CustomerLink.objects.none()
         if of_links and len(of_links) < len(KINDS):
             rows = rows.filter(kind__in=of_links)
         if cause:
@@ -288,7 +289,7 @@ class NeedsYouPages(ReadOnlyAdmin):
         return found["n"], found["at"]
 
     def _reasons(self, chosen: Sequence[Connection], *, clear: bool) -> list[Reason]:
-        """What was refused for one cause, the most frequent first. Without the right no record's own words are shown."""
+        """What was refused for one cause, the most frequent first. Without the right no record's words are shown."""
         by_pk = {connection.pk: connection for connection in chosen}
         rows = (
             waiting(chosen)

@@ -1,4 +1,4 @@
-"""Who carries out due work, and who has lately said so: the only sign that tells "nothing is due" from "nobody looks"."""
+"""Which processes carry out due work, and when they last said so: it tells "nothing is due" from "nobody looks"."""
 
 from __future__ import annotations
 
