@@ -161,7 +161,9 @@ def test_archiving_needs_the_right_to_change_customers(shop: Shop) -> None:
 
 def test_a_duplicate_names_the_record_that_is_sent_to_and_may_be_kept(shop: Shop) -> None:
     one, other = synced(shop, name="Acme"), synced(shop, name="Acme Ltd")
-    editing.merge(organization=shop.organization, survivor=one.customer_id, losers=[other.customer_id], actor=ACTOR)
+    editing.merge(
+        organization=shop.organization, survivor=one.customer_id, loser=other.customer_id, values={}, actor=ACTOR
+    )
     assert MergeRecord.objects.exists()
     other.refresh_from_db()
     assert other.is_duplicate
