@@ -15,7 +15,7 @@ import orjson
 from django.core.exceptions import ValidationError
 from django.core.validators import MinValueValidator
 from django.db import models
-from django.db.models import F, Q
+from django.db.models import F, Func, Q
 from django.db.models.functions import Now
 
 from connectors.sealing import seal, unseal
@@ -38,6 +38,22 @@ def check_record_url(text: str) -> None:
         raise ValidationError("Enter a web address that begins with https://.")
     if REMOTE_ID in address.netloc or REMOTE_ID not in text:
         raise ValidationError(f"Put {REMOTE_ID} where the record's id belongs, behind the host.")
+
+
+# Links that may need a person: what `link_needs_you` indexes, and what a query must say as it stands here to use it.
+# The constants are part of the text, because SQLite does not compare an index with parameters.
+MAY_NEED_SOMEBODY = (
+    Q(
+        Func(
+            F("state"),
+            template="(%(expressions)s IN ('rejected', 'uncertain', 'conflict'))",
+            output_field=models.BooleanField(),
+        )
+    )
+    | Q(Func(F("conflicts"), template="(%(expressions)s <> '{}')", output_field=models.BooleanField()))
+    | Q(deleted_at__isnull=False)
+    | Q(is_duplicate=True)
+)
 
 
 class Connection(models.Model):
@@ -386,6 +402,7 @@ class SyncRun(models.Model):
         ordering = ["-id"]
         indexes = [
             models.Index(fields=["state", "id"], name="run_queue", condition=Q(state__in=("queued", "running"))),
+            models.Index(fields=["organization", "created_at"], name="run_by_day"),
         ]
         default_permissions = ("view",)
 
@@ -498,6 +515,7 @@ class CustomerLink(models.Model):
             models.Index(
                 fields=["connection", "former_remote_id"], name="link_former_id", condition=~Q(former_remote_id="")
             ),
+            models.Index(fields=["connection", "updated_at", "id"], name="link_needs_you", condition=MAY_NEED_SOMEBODY),
         ]
         default_permissions = ("view",)
         permissions = [("push_customerlink", "Can push customers to connected systems")]
@@ -536,16 +554,18 @@ class CustomerLink(models.Model):
     def status(self, *, now: datetime) -> Status:
         return STATUSES[self.status_key(now=now)]
 
-    def sentence(self, *, now: datetime) -> str:
-        """What is going on, in words for staff."""
+    def sentence(self, *, now: datetime, key: str = "") -> str:
+        """What is going on, in words for staff; with `key`, what there is to say of that status."""
         shown = "%Y-%m-%d %H:%M:%S UTC"
-        return self.status(now=now).sentence.format(
+        status = STATUSES[key] if key else self.status(now=now)
+        whole = "" if key else self.connection.state_reason  # why none of the connection's links moves
+        return status.sentence.format(
             system=self.connection.name,
             time=self.synced_at.strftime(shown) if self.synced_at else "its creation",
             next=self.next_attempt_at.strftime(shown) if self.next_attempt_at else "the next pass",
             wait=self.connection.not_before.strftime(shown) if self.connection.not_before else "later",
             field=", ".join(self.conflicts) or self.error_field or "the record",
-            error=self.error or self.connection.state_reason or "no reason given",
+            error=self.error or whole or "no reason given",
         )
 
 
@@ -664,4 +684,21 @@ class Issue(models.Model):
         default_permissions = ("view", "change")
 
     def __str__(self) -> str:
-        return f"{self.get_kind_display()}: {self.message}"
+        # Not the message: it may quote personal data, and this is shown to whoever may see the issue.
+        return self.get_kind_display()
+
+
+class Heartbeat(models.Model):
+    """A process that carries out due work, and when it last said so."""
+
+    name = models.CharField(max_length=200, unique=True, help_text="Host and process.")
+    kind = models.CharField(max_length=32, help_text="What it was started as.")
+    started_at = models.DateTimeField()
+    seen_at = models.DateTimeField()
+
+    class Meta:
+        ordering = ["-seen_at"]
+        default_permissions = ()
+
+    def __str__(self) -> str:
+        return self.name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import os
@@ -15,7 +16,7 @@ from datetime import datetime, timedelta
 from functools import partial
 from typing import NamedTuple
 
-from django.db import InterfaceError, OperationalError, close_old_connections, connection, transaction
+from django.db import DatabaseError, InterfaceError, OperationalError, close_old_connections, connection, transaction
 from django.db.models import Exists, F, OuterRef, Q, QuerySet
 
 from connectors import login
@@ -26,7 +27,7 @@ from connectors.outbound import Session
 from connectors.providers import PROVIDERS
 from connectors.sealing import UnsealError
 from connectors.states import LinkState
-from connectors.sync import runs
+from connectors.sync import heartbeat, runs
 from connectors.sync.claim import due_connections
 from connectors.sync.clock import database_clock
 from connectors.sync.pull import AlreadyRunning, pull
@@ -326,6 +327,7 @@ HOUSEKEEPING: tuple[Callable[[datetime], object], ...] = (
     resolve_issues,
     keep_logins,
     forget_answers,
+    heartbeat.forget,
 )
 
 
@@ -403,6 +405,14 @@ class Worker:
         self.find_at = 0.0
         self.keeps_house = False
         self.housekeep_at = 0.0
+        self.name = heartbeat.process_name()
+        self.beat_at = 0.0
+
+    def beat(self) -> None:
+        """Say now and then that this worker lives."""
+        if time.monotonic() >= self.beat_at:
+            heartbeat.beat(name=self.name, kind="run_worker", at=self.clock())
+            self.beat_at = time.monotonic() + heartbeat.EVERY.total_seconds()
 
     def look(self) -> int:
         """Give the free threads to what is due, neither under way nor resting; returns how many slices were started."""
@@ -467,6 +477,7 @@ class Worker:
             while not self.stop.is_set():
                 started = 0
                 try:
+                    self.beat()
                     started = self.look()
                 except Exception:
                     if once:
@@ -482,6 +493,8 @@ class Worker:
         finally:
             self.stop.set()
             self.pool.shutdown(wait=True)
+            with contextlib.suppress(DatabaseError):
+                heartbeat.gone(name=self.name)
             connection.close()
 
     def _pause(self) -> None:

@@ -462,6 +462,20 @@ def unlink(*, link: CustomerLink, actor: Actor, at: datetime | None = None) -> S
     return _decided(link, "unlink", actor, UPDATED, at)
 
 
+# A second record of a customer
+
+
+@transaction.atomic
+def keep_both(*, link: CustomerLink, actor: Actor, at: datetime | None = None) -> SyncRun:
+    """Leave a second record of a customer as it is: nobody is asked about it again. Raises WrongState."""
+    at = at or database_clock()
+    link = _locked(link, at)
+    if not link.is_duplicate:
+        raise WrongState(f"This is the record of {link.customer} in {link.connection} that is sent to.")
+    link.is_active = False
+    return _decided(link, "keep_both", actor, UPDATED, at)
+
+
 # What was refused, or kept failing
 
 
