@@ -434,6 +434,20 @@ class CsvWriter:
         """Nothing is held back."""
 
 
+class _HandedOn:
+    """A file that keeps nothing: what is written is the answer."""
+
+    def write(self, text: str) -> str:
+        return text
+
+
+def csv_lines(rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    """Rows as CSV, each as soon as it is there: for an answer that is streamed."""
+    writer = csv.writer(_HandedOn())
+    for cells in rows:
+        yield str(writer.writerow(cells))
+
+
 class XlsxWriter:
     """Rows as texts of one sheet, kept in a temporary file until `close` packs them into `file`."""
 
