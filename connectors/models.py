@@ -17,6 +17,7 @@ from django.core.validators import MinValueValidator
 from django.db import models
 from django.db.models import F, Func, Q
 from django.db.models.functions import Now
+from django.utils import timezone
 
 from connectors.sealing import seal, unseal
 from connectors.states import PARKED, STATUSES, LinkState, Status
@@ -164,6 +165,16 @@ class Connection(models.Model):
     )
     state = models.CharField(max_length=16, choices=State, default=State.ACTIVE)
     state_reason = models.CharField(max_length=500, blank=True)
+    paused_until = models.DateTimeField(null=True, blank=True, editable=False)  # NULL: until somebody resumes it
+    opened_at = models.DateTimeField(
+        default=timezone.now,
+        null=True,
+        editable=False,
+        help_text="NULL: the first steps are not over. Nothing goes out or comes in by itself.",
+    )
+    setup = models.JSONField(default=dict, editable=False, help_text="What the first steps found, and when.")
+    credentials_set_at = models.DateTimeField(null=True, editable=False)
+    credentials_set_by = models.CharField(max_length=200, blank=True, editable=False)
     not_before = models.DateTimeField(null=True, blank=True, editable=False)
     bucket_calls = models.FloatField(null=True, editable=False)  # calls left in the bucket at `bucket_at`
     bucket_at = models.DateTimeField(null=True, editable=False)
@@ -417,6 +428,26 @@ class SyncRun(models.Model):
     def total(self) -> int:
         """How many records have an outcome."""
         return sum(getattr(self, name) for name in self.TOTALS)
+
+
+class ImportFile(models.Model):
+    """A file that somebody uploaded: kept from the preview until its rows are taken in, a day at the most."""
+
+    uid = models.UUIDField(default=uuid7, unique=True, editable=False)
+    organization = models.ForeignKey(Organization, on_delete=models.CASCADE, related_name="+", db_index=False)
+    connection = models.ForeignKey(Connection, null=True, on_delete=models.CASCADE, related_name="+")
+    user_id = models.CharField(max_length=64, help_text="Who uploaded it: nobody else may have it taken in.")
+    name = models.CharField(max_length=200)
+    content = models.BinaryField()
+    options = models.JSONField(default=dict)
+    run = models.OneToOneField(SyncRun, null=True, on_delete=models.CASCADE, related_name="file")
+    created_at = models.DateTimeField(default=timezone.now)
+
+    class Meta:
+        default_permissions = ()
+
+    def __str__(self) -> str:
+        return self.name
 
 
 class CustomerLink(models.Model):

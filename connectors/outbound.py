@@ -87,6 +87,7 @@ class Session:
     refused: Mapping[str, str | Secret] | None = field(default=None, init=False, repr=False)
     accepted: Mapping[str, str | Secret] | None = field(default=None, init=False, repr=False)
     exhausted: float | None = field(default=None, init=False, repr=False)  # by the monotonic clock
+    heard: Mapping[str, str] = field(default_factory=dict, init=False, repr=False)  # headers of the last answer
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
 
     def take_exhausted(self) -> float | None:
@@ -198,7 +199,7 @@ class Session:
             timeout=httpx2.Timeout(self.deadline, connect=min(CONNECT_TIMEOUT, self.deadline)),
         )
         response = client.send(request, stream=True, follow_redirects=False)
-        answered = {name.lower(): value for name, value in response.headers.items()}
+        self.heard = answered = {name.lower(): value for name, value in response.headers.items()}
         try:
             # Before the body: it may turn out to be unusable, and this holds all the same.
             self._note_limit(answered)

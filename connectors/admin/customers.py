@@ -11,19 +11,19 @@ from typing import Any
 from uuid import UUID
 
 from django.contrib import admin, messages
-from django.contrib.admin.helpers import ACTION_CHECKBOX_NAME
 from django.core.exceptions import PermissionDenied
-from django.db.models import Count, Exists, OuterRef, Prefetch, Q, QuerySet, prefetch_related_objects
+from django.db.models import Exists, OuterRef, Prefetch, Q, QuerySet, prefetch_related_objects
 from django.http import Http404, HttpRequest, HttpResponse, HttpResponseRedirect
-from django.template.response import TemplateResponse
 from django.urls import NoReverseMatch, URLPattern, reverse
 from django.utils import timezone
 from django.utils.html import format_html, format_html_join
 
 from connectors.admin import history
-from connectors.admin.badges import connection_badge, connection_choices, link_badge, status_column, summary
+from connectors.admin.badges import connection_choices, link_badge, status_column, summary
+from connectors.admin.bulk import BulkActions
 from connectors.admin.compare import uid_of_mark
 from connectors.admin.linking import LinkAdmin
+from connectors.admin.tables import Tables
 from connectors.exceptions import ConnectionUnusable, RetryLater
 from connectors.models import Connection, CustomerLink, PushIntent
 from connectors.provider import Provider
@@ -34,7 +34,7 @@ from connectors.sync.merge import same
 from connectors.sync.plan import changed_values
 from connectors.sync.push import push
 from connectors.sync.request import request as request_push
-from customers.admin import MOMENT, CustomerAdmin, actor_of, by_organization, organizations
+from customers.admin import MOMENT, CustomerAdmin, actor_of, organizations
 from customers.editing import EDITABLE, Actor
 from customers.forms import label
 from customers.ids import parse_public_id
@@ -45,8 +45,6 @@ from customers.timeline import Asked, without_personal
 # One button press waits this long for one answer, and about this long in all; the worker does what is left.
 CALL_SECONDS = 10.0
 PRESS_SECONDS = 20.0
-# More than this is for the command that pushes.
-MAX_CHOSEN = 10_000
 LEVELS = {"success": messages.SUCCESS, "warning": messages.WARNING, "danger": messages.ERROR}
 # A link in one of these states waits for a person's decision.
 ASKS = ("conflict", "uncertain", "remote_deleted", "duplicate")
@@ -313,14 +311,14 @@ admin.site.unregister(Customer)
 
 
 @admin.register(Customer)
-class LinkedCustomerAdmin(LinkAdmin):
+class LinkedCustomerAdmin(BulkActions, Tables, LinkAdmin):
     """The customer screens, extended by links and push buttons."""
 
     sources = history.SOURCES
     change_form_template = "connectors/customer_form.html"
     list_display = ["name_shown", "email", "phone", "organization", "systems", "updated", "version"]
     list_filter = [*CustomerAdmin.list_filter, SystemFilter, StateFilter]
-    actions = [*CustomerAdmin.actions, "push_selected"]
+    change_list_template = "connectors/customer_list.html"
 
     # Finding and listing
 
@@ -462,82 +460,3 @@ class LinkedCustomerAdmin(LinkAdmin):
         # The browser posts again to the push button's address: the edit is committed before anything is sent.
         address = reverse("admin:customers_customer_push", args=[obj.pk])
         return HttpResponseRedirect(address, preserve_request=True)
-
-    # Many customers
-
-    @admin.action(description="Push to connected systems…", permissions=["push"])
-    def push_selected(self, request: HttpRequest, queryset: QuerySet[Customer]) -> HttpResponse | None:
-        """First shows how many go where; the second POST makes the runs."""
-        customers = queryset.filter(archived_at=None, merged_into=None)
-        chosen = {organization.pk: ids for organization, ids in by_organization(customers, limit=MAX_CHOSEN + 1)}
-        total = sum(map(len, chosen.values()))
-        if total > MAX_CHOSEN:
-            text = f"At most {MAX_CHOSEN} customers at once: narrow the choice, or use manage.py push_customers."
-            self.message_user(request, text, messages.ERROR)
-            return None
-        connections = list(
-            Connection.objects.filter(organization__in=chosen, direction__in=Connection.PUSHING).select_related(
-                "organization"
-            )
-        )
-        if not connections:
-            text = "Nothing to send: the customers are archived, or the hub sends to no system of theirs."
-            self.message_user(request, text, messages.WARNING)
-            return None
-        if request.POST.get("confirmed"):
-            wanted = [c for c in connections if str(c.pk) in request.POST.getlist("connections")]
-            return self._request(request, wanted, chosen)
-        now = timezone.now()
-        context = {
-            **self.admin_site.each_context(request),
-            "title": "Push to connected systems",
-            "opts": self.opts,
-            "rows": [
-                (connection, connection_badge(connection, now=now), len(ids), _expected(connection, ids, now=now))
-                for connection in connections
-                for ids in [chosen[connection.organization_id]]
-            ],
-            "left_out": queryset.count() - total,
-            "total": total,
-            "selected": request.POST.getlist(ACTION_CHECKBOX_NAME),
-            "select_across": request.POST.get("select_across", "0"),
-            "checkbox": ACTION_CHECKBOX_NAME,
-        }
-        return TemplateResponse(request, "connectors/push_selected.html", context)
-
-    def _request(
-        self, request: HttpRequest, connections: Sequence[Connection], chosen: dict[int, list[UUID]]
-    ) -> HttpResponse | None:
-        if not connections:
-            self.message_user(request, "No system was chosen. Nothing is sent.", messages.WARNING)
-            return None
-        made = [
-            request_push(
-                connection=connection, actor=actor_of(request), customer_ids=chosen[connection.organization_id]
-            )
-            for connection in connections
-        ]
-        for run in made:
-            clean = f"{run.unchanged} already up to date"
-            text = f"{run.connection}: {run.planned} customers, {clean}. Run {run.public_id}."
-            self.message_user(request, text, messages.SUCCESS)
-        if not request.user.has_perm("connectors.view_syncrun"):
-            return None
-        if len(made) == 1:
-            return HttpResponseRedirect(reverse("admin:connectors_syncrun_change", args=[made[0].pk]))
-        return HttpResponseRedirect(reverse("admin:connectors_syncrun_changelist"))
-
-
-def _expected(connection: Connection, ids: Collection[UUID], *, now: datetime) -> str:
-    """What pushing these customers there comes down to, as far as the links tell."""
-    rows = (
-        CustomerLink.objects.filter(connection=connection, customer__in=ids, is_duplicate=False)
-        .annotate(shown_state=status_column(now=now))
-        .order_by()
-        .values_list("shown_state")
-        .annotate(Count("pk"))
-    )
-    counts = dict(rows)
-    parts = [f"{len(ids) - sum(counts.values())} new there"]
-    parts += [f"{number} {STATUSES[key].word.lower()}" for key, number in counts.items()]
-    return ", ".join(parts)

@@ -109,6 +109,11 @@ def reserve(*, connection: Connection, want: int, urgent: bool, now: datetime) -
     return granted, max(0.0, (kept + 1 - (calls - granted)) / rate)
 
 
+def calls_left(*, connection: Connection, now: datetime) -> float | None:
+    """How many calls are in the bucket now; None without a rate. Reads the object, asks the database nothing."""
+    return None if connection.rate is None else _left(connection, now)[0]
+
+
 def give_back(*, connection: Connection, calls: int, now: datetime) -> None:
     """Put calls that were reserved and not made into the bucket again."""
     if connection.rate is None or calls <= 0:

@@ -67,7 +67,8 @@ def request(
             actor=actor,
             at=now,
             state=SyncRun.State.QUEUED,
-            request={"customers": "chosen" if customer_ids is not None else "all"},
+            # `linked_at` tells which links were made for this run: `cancel` takes back those that were never sent.
+            request={"customers": "chosen" if customer_ids is not None else "all", "linked_at": now.isoformat()},
         )
         runs.release(links=links.filter(dirty).exclude(waits), at=now)
         asked = (
