@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from uuid import UUID
 
 from django.contrib import admin
 from django.urls import NoReverseMatch, URLPattern, URLResolver, reverse
@@ -81,6 +82,8 @@ def _model(
 SEE_CUSTOMERS = "customers.view_customer | customers.change_customer"
 SEE_CONNECTIONS = "connectors.view_connection | connectors.change_connection"
 PUSH = "connectors.push_customerlink"
+SEE_LINKS, SEE_RUNS = "connectors.view_customerlink", "connectors.view_syncrun"
+NO_FILE = UUID(int=0)
 
 
 def _both(need: str, seeing: str) -> str:
@@ -115,6 +118,10 @@ PAGES: dict[str, Page] = {
     "customers_customer_link": Page(get=_both(PUSH, SEE_CUSTOMERS), of="customer", look=True),
     "customers_customer_link_read": Page(post=_both(PUSH, SEE_CUSTOMERS), of="customer"),
     "customers_customer_link_save": Page(post=_both(PUSH, SEE_CUSTOMERS), of="customer", data={"side": "here"}),
+    "customers_customer_import": Page(get="customers.import_customer", post="customers.import_customer", look=True),
+    # Everybody's own files alone: somebody else's, and one that is gone, are not found.
+    "customers_customer_import_confirm": Page(get="customers.import_customer", arguments=(NO_FILE,), status=404),
+    "customers_customer_export": Page(get=_both("customers.export_customer", SEE_CUSTOMERS), arguments=("csv",)),
     **_model("customers", "customerchange"),
     # Connections
     **_model(
@@ -132,8 +139,39 @@ PAGES: dict[str, Page] = {
         post="connectors.change_connection", of="connection", data={"reason": "Stocktaking"}
     ),
     "connectors_connection_resume": Page(post="connectors.change_connection", of="paused_connection"),
+    "connectors_connection_first_steps": Page(get=SEE_CONNECTIONS, of="new_connection", look=True),
+    "connectors_connection_direction": Page(
+        post="connectors.change_connection", of="new_connection", data={"direction": "push"}
+    ),
+    "connectors_connection_match": Page(post="connectors.change_connection", of="new_connection"),
+    "connectors_connection_canary": Page(post=_both(PUSH, SEE_CONNECTIONS), of="new_connection"),
+    "connectors_connection_open": Page(post="connectors.change_connection", of="new_connection"),
+    "connectors_connection_check": Page(
+        post=_both(PUSH, SEE_CONNECTIONS) + " | " + _both("connectors.pull_connection", SEE_CONNECTIONS),
+        of="connection",
+    ),
+    # Links, and what needs somebody
     **_model("connectors", "customerlink"),
+    "connectors_customerlink_needs_you": Page(
+        get=f"{SEE_LINKS} | connectors.change_connection | connectors.change_issue", look=True
+    ),
+    "connectors_customerlink_push_again": Page(post=f"{PUSH} & {SEE_LINKS}"),
+    "connectors_customerlink_conflicts": Page(get=SEE_LINKS, post=f"{PUSH} & {SEE_LINKS}", look=True),
+    "connectors_customerlink_resolve": Page(
+        get=SEE_LINKS,
+        post=f"{PUSH} & {SEE_LINKS}",
+        of="uncertain_link",
+        data={"decision": "keep_waiting"},
+        look=True,
+    ),
+    **_model("connectors", "conflict"),
+    **_model("connectors", "issue", see="connectors.view_issue | connectors.change_issue"),
+    "connectors_issue_seen": Page(post="connectors.change_issue", of="issue"),
+    # Runs
     **_model("connectors", "syncrun"),
+    "connectors_syncrun_retry": Page(post=f"{PUSH} & {SEE_RUNS}", of="syncrun"),
+    "connectors_syncrun_cancel": Page(post=f"{PUSH} & {SEE_RUNS}", of="running_run"),
+    "connectors_syncrun_errors": Page(get=f"customers.export_customer & {SEE_RUNS}", of="syncrun"),
     # Keys and people
     **_model("connectors", "apikey", add="connectors.add_apikey", change="connectors.change_apikey"),
     "connectors_apikey_revoke": Page(post="connectors.change_apikey", of="apikey"),
@@ -162,6 +200,10 @@ ACTIONS: dict[tuple[str, str], Page] = {
     ("customer", "archive_selected"): Page(post="customers.change_customer", of="customer"),
     ("customer", "restore_selected"): Page(post="customers.change_customer", of="archived"),
     ("customer", "push_selected"): Page(post=_both(PUSH, SEE_CUSTOMERS), of="customer", data={"confirmed": "yes"}),
+    ("customer", "check_selected"): Page(
+        post=_both(PUSH, SEE_CUSTOMERS) + " | " + _both("connectors.pull_connection", SEE_CUSTOMERS), of="customer"
+    ),
+    ("issue", "see_to_selected"): Page(post="connectors.change_issue", of="issue"),
     ("apikey", "revoke_selected"): Page(post="connectors.change_apikey", of="apikey", data={"confirmed": "yes"}),
     ("user", "delete_selected"): Page(post="auth.delete_user", of="user", data={"post": "yes"}, shared=True),
     ("group", "delete_selected"): Page(post="auth.delete_group", of="group", data={"post": "yes"}, shared=True),
@@ -172,6 +214,7 @@ LISTS = {
     for app, name in (
         ("customers", "customer"),
         ("connectors", "apikey"),
+        ("connectors", "issue"),
         ("auth", "user"),
         ("auth", "group"),
     )

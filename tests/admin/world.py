@@ -50,6 +50,7 @@ def make(organization: Organization, *, url: str = "") -> World:
     Connection.objects.filter(pk=connections["pay"].pk).update(
         state="needs_reauth", state_reason="The provider does not accept the credentials."
     )
+    Connection.objects.filter(pk=connections["unused"].pk).update(opened_at=None)
     Connection.objects.filter(pk=connections["mail"].pk).update(state="paused", state_reason="Stocktaking (Alex)")
     books = connections["books"]
 
@@ -158,6 +159,9 @@ def make(organization: Organization, *, url: str = "") -> World:
         "ended_connection": connections["pay"],
         "calling_connection": connections["desk"],
         "unused_connection": connections["unused"],
+        "new_connection": connections["unused"],
+        "uncertain_link": links["uncertain"],
+        "running_run": runs["running"],
         "apikey": key,
         "customerlink": links["in_sync"],
         "syncrun": runs["done"],

@@ -10,6 +10,7 @@ from django.contrib.auth.models import User
 
 from connectors.guard import close_shared_client
 from connectors.models import Connection
+from connectors.worker import batch_slice, push_slice, queued_batches
 from customers import editing
 from customers.editing import Actor
 from customers.models import Customer, Organization
@@ -85,3 +86,11 @@ def acme(transactional_db: None, organization: Organization) -> Customer:
 
 def customer(organization: Organization, **values: Any) -> Customer:
     return editing.create(organization=organization, values=[values], actor=Actor(kind="command", name="test"))[0]
+
+
+def work() -> None:
+    """What a worker does when it is free."""
+    for run in list(queued_batches()):
+        batch_slice(run.pk)
+    for connection in Connection.objects.filter(direction__in=Connection.PUSHING):
+        push_slice(connection.pk)

@@ -108,16 +108,16 @@ class Person:
 
     def press(self, words: str, *, within: str = "") -> Person:
         """Click the button or link that is called so, and wait for the page it leads to."""
-        return self._go(lambda: self._to(self._named(words, within)).click())
+        return self._go(lambda: self.named(words, within).click())
 
     def click(self, selector: str) -> Person:
-        return self._go(lambda: self._to(self.find(selector)).click())
+        return self._go(lambda: self.to(self.find(selector)).click())
 
     def submit(self, selector: str) -> Person:
         """Enter, in this field."""
         return self._go(lambda: self.find(selector).submit())
 
-    def _to(self, element: WebElement) -> WebElement:
+    def to(self, element: WebElement) -> WebElement:
         """Scroll to it: the driver itself presses what lies under a bar at the edge of the screen."""
         self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
         return element
@@ -158,7 +158,8 @@ class Person:
         element: WebElement = self.wait(seen)
         return element
 
-    def _named(self, words: str, within: str = "") -> WebElement:
+    def named(self, words: str, within: str = "") -> WebElement:
+        """The button or link that is called so, scrolled to."""
         text = f"normalize-space(.)={_quoted(words)} or @aria-label={_quoted(words)} or @value={_quoted(words)}"
         path = " | ".join(f".//{tag}[{text}]" for tag in ("button", "a", "summary", "input[@type='submit']"))
 
@@ -170,7 +171,7 @@ class Person:
             element: WebElement = self.wait(seen)
         except Exception:
             raise AssertionError(f"There is no button or link {words!r} to be seen.\n{self.text()}") from None
-        return element
+        return self.to(element)
 
     def offers(self, words: str) -> bool:
         path = f"//*[self::button or self::a][normalize-space(.)={_quoted(words)} or @aria-label={_quoted(words)}]"
@@ -205,7 +206,7 @@ class Person:
         """Tick the box, or choose the radio button; what is covered by a drawn switch is pressed at its label."""
         element = self.driver.find_element(By.CSS_SELECTOR, selector)
         if not element.is_selected():
-            self._to(element).click()
+            self.to(element).click()
         assert element.is_selected()
         return self
 
