@@ -221,6 +221,10 @@ class ApiKey(models.Model):
         validators=[MinValueValidator(0)],
         help_text="Two seconds' worth may come at once. Empty: as the hub is set. 0: no limit.",
     )
+    strict = models.BooleanField(
+        default=False,
+        help_text="Refuse what cannot be repeated safely: a POST without Idempotency-Key, a change without If-Match.",
+    )
     expires_at = models.DateTimeField(null=True, blank=True)
     last_used_at = models.DateTimeField(null=True, blank=True, editable=False)
     bucket_calls = models.FloatField(null=True, editable=False)  # requests left in the bucket at `bucket_at`
@@ -249,6 +253,7 @@ class ApiKey(models.Model):
         scopes: list[str] | None = None,
         expires_at: datetime | None = None,
         rate: float | None = None,
+        strict: bool = False,
     ) -> tuple[ApiKey, str]:
         """A stored key and the secret that is never seen again."""
         secret = f"hub_{secrets.token_urlsafe(32)}"
@@ -260,6 +265,7 @@ class ApiKey(models.Model):
             hash=cls.hashed(secret),
             expires_at=expires_at,
             rate=rate,
+            strict=strict,
         )
         return key, secret
 

@@ -91,12 +91,16 @@ IF_MATCH = header("If-Match", "The ETag of what you read: the request is refused
 IF_NONE_MATCH = header("If-None-Match", "The ETag of what you have: it is sent again only if it is another.")
 ETAG = header("ETag", "The customer's version, for If-Match.", response=[200, 201, 304])
 STALE = {412: OpenApiResponse(description=CODES["version_conflict"].title)}
+MISSING = {428: OpenApiResponse(description=CODES["version_required"].title)}
 VALUES_EXAMPLE = OpenApiExample(
     "Some fields",
     value={"first_name": "Ada", "phone": "+4930123456", "currency": None, "custom_fields": {"tier": "gold"}},
     request_only=True,
 )
-LINKS_STALE = {412: OpenApiResponse(LinksError, description=CODES["version_conflict"].title)}
+LINKS_STALE = {
+    412: OpenApiResponse(LinksError, description=CODES["version_conflict"].title),
+    428: OpenApiResponse(LinksError, description=CODES["version_required"].title),
+}
 
 
 @extend_schema_view(
@@ -215,7 +219,7 @@ class Customers(UnifiedCustomers, Resource):
         "are set, null removes one, and the others stay.",
         parameters=[CUSTOMER_ID, IF_MATCH, ETAG],
         request=Values,
-        responses={200: ONE, **STALE},
+        responses={200: ONE, **STALE, **MISSING},
         examples=[VALUES_EXAMPLE],
     )
     def partial_update(self, request: Request, unified_customer_id: str) -> Response:
@@ -258,7 +262,8 @@ class Customers(UnifiedCustomers, Resource):
             connection=connection,
             source_id=source_id,
             values=self.read_body(Values),
-            expected=self.expected_version(),
+            # It may be new: then there is no version to name.
+            expected=self.expected_version(required=False),
         )
         return self.written(item)
 
@@ -269,7 +274,7 @@ class Customers(UnifiedCustomers, Resource):
         "as it is, whatever If-Match says.",
         parameters=[CUSTOMER_ID, IF_MATCH],
         request=None,
-        responses={204: OpenApiResponse(description="It is archived."), **STALE},
+        responses={204: OpenApiResponse(description="It is archived."), **STALE, **MISSING},
     )
     def destroy(self, request: Request, unified_customer_id: str) -> Response:
         customer = self.set_archived(unified_customer_id, True)
@@ -296,7 +301,8 @@ class Customers(UnifiedCustomers, Resource):
 
     def set_archived(self, unified_customer_id: str, archived: bool) -> Customer:
         self.read_query(Nothing)
-        uid, expected = self.uid(unified_customer_id), self.expected_version()
+        # Bringing one back takes nothing of anybody's change away.
+        uid, expected = self.uid(unified_customer_id), self.expected_version(required=archived)
         move = editing.archive if archived else editing.restore
 
         def change() -> Customer:
