@@ -124,11 +124,19 @@ class Connection(models.Model):
         blank=True,
         help_text="How many calls may follow at once after a pause. Empty: half a second's worth.",
     )
+    day_limit = models.PositiveIntegerField(
+        "calls per day",
+        null=True,
+        blank=True,
+        help_text="The most in a day by UTC. The last tenth is left to what somebody waits for. Empty: no limit.",
+    )
     state = models.CharField(max_length=16, choices=State, default=State.ACTIVE)
     state_reason = models.CharField(max_length=500, blank=True)
     not_before = models.DateTimeField(null=True, blank=True, editable=False)
     bucket_calls = models.FloatField(null=True, editable=False)  # calls left in the bucket at `bucket_at`
     bucket_at = models.DateTimeField(null=True, editable=False)
+    day_calls = models.PositiveIntegerField(default=0, editable=False)  # calls taken on `day`
+    day = models.DateField(null=True, editable=False)
     breaker_calls = models.CharField(max_length=50, blank=True, editable=False)  # the last calls: "1" good, "0" failed
     breaker_until = models.DateTimeField(null=True, editable=False)  # set while the breaker is open
     breaker_trips = models.PositiveSmallIntegerField(default=0, editable=False)  # in a row: doubles the wait

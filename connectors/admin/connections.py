@@ -76,6 +76,7 @@ class ConnectionForm(ModelForm):
             "pull_interval",
             "rate",
             "burst",
+            "day_limit",
             "options",
         )
 
@@ -132,6 +133,12 @@ class ConnectionForm(ModelForm):
         if burst == 0:
             raise ValidationError("Give at least 1, or nothing.")
         return burst
+
+    def clean_day_limit(self) -> int | None:
+        limit: int | None = self.cleaned_data["day_limit"]
+        if limit == 0:
+            raise ValidationError("Give at least 1, or nothing.")
+        return limit
 
     def clean_field_policies(self) -> dict[str, str]:
         chosen = self.cleaned_data["field_policies"] or {}
@@ -225,7 +232,10 @@ class ConnectionAdmin(OwnAdmin):
                 "Creating and deleting",
                 {"fields": ["create_policy", "adopt_existing", "delete_policy", "archive_policy"]},
             ),
-            ("Schedule and limits", {"fields": ["pull_cron", "pull_interval", "rate", "burst", "options"]}),
+            (
+                "Schedule and limits",
+                {"fields": ["pull_cron", "pull_interval", "rate", "burst", "day_limit", "options"]},
+            ),
         ]
 
     def get_form(self, request: HttpRequest, obj: Connection | None = None, change: bool = False, **kwargs: Any) -> Any:
