@@ -46,6 +46,7 @@ if not apps.ready:
 from django.db.models import Exists, F, OuterRef, QuerySet
 
 from connectors.models import Connection, CustomerLink
+from connectors.sync import heartbeat
 from connectors.sync.claim import LEASE
 from connectors.sync.clock import database_clock
 from connectors.worker import SLICES, Due, Rests, due_work, housekeep, in_thread, stop_in_time
@@ -103,6 +104,8 @@ def look() -> None:
             return  # messages have piled up while all threads were busy
         _next_look = time.monotonic() + LOOK_SECONDS / 2
     now = database_clock()
+    # One process tells for all: where no process takes this message, none takes the others either.
+    heartbeat.beat(name=heartbeat.process_name(), kind="celery", at=now)
     found = due_work(now=now)
     served = set(_served(now).values_list("pk", flat=True))
     with _lock:

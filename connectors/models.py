@@ -9,13 +9,15 @@ import string
 from collections.abc import Mapping
 from datetime import datetime
 from typing import ClassVar
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import orjson
+from django.core.exceptions import ValidationError
 from django.core.validators import MinValueValidator
 from django.db import models
-from django.db.models import F, Q
+from django.db.models import F, Func, Q
 from django.db.models.functions import Now
+from django.utils import timezone
 
 from connectors.sealing import seal, unseal
 from connectors.states import PARKED, STATUSES, LinkState, Status
@@ -23,6 +25,36 @@ from customers.ids import public_id, uuid7
 from customers.models import Customer, CustomerChange, Organization
 
 REMOTE_ID_LENGTH = 255
+REMOTE_ID = "{remote_id}"
+
+
+def check_record_url(text: str) -> None:
+    """Raise ValidationError unless the text makes a web address of every record's id."""
+    try:
+        address = urlsplit(text)
+    except ValueError:
+        address = urlsplit("")
+    good = address.scheme in ("http", "https") and address.hostname and "@" not in address.netloc
+    if not good or any(c.isspace() or ord(c) < 32 or c == "\\" for c in text):
+        raise ValidationError("Enter a web address that begins with https://.")
+    if REMOTE_ID in address.netloc or REMOTE_ID not in text:
+        raise ValidationError(f"Put {REMOTE_ID} where the record's id belongs, behind the host.")
+
+
+# Links that may need a person: what `link_needs_you` indexes, and what a query must say as it stands here to use it.
+# The constants are part of the text, because SQLite does not compare an index with parameters.
+MAY_NEED_SOMEBODY = (
+    Q(
+        Func(
+            F("state"),
+            template="(%(expressions)s IN ('rejected', 'uncertain', 'conflict'))",
+            output_field=models.BooleanField(),
+        )
+    )
+    | Q(Func(F("conflicts"), template="(%(expressions)s <> '{}')", output_field=models.BooleanField()))
+    | Q(deleted_at__isnull=False)
+    | Q(is_duplicate=True)
+)
 
 
 class Connection(models.Model):
@@ -74,6 +106,13 @@ class Connection(models.Model):
         blank=True,
         max_length=500,
         help_text="Where the API is, with its base path. A change of host clears the credentials.",
+    )
+    record_url = models.CharField(
+        "address of a record there",
+        max_length=500,
+        blank=True,
+        validators=[check_record_url],
+        help_text=f"Where people see one record in that system, such as https://app.example.com/customers/{REMOTE_ID}.",
     )
     credentials = models.TextField(blank=True, editable=False)
     options = models.JSONField(
@@ -132,6 +171,16 @@ class Connection(models.Model):
     )
     state = models.CharField(max_length=16, choices=State, default=State.ACTIVE)
     state_reason = models.CharField(max_length=500, blank=True)
+    paused_until = models.DateTimeField(null=True, blank=True, editable=False)  # NULL: until somebody resumes it
+    opened_at = models.DateTimeField(
+        default=timezone.now,
+        null=True,
+        editable=False,
+        help_text="NULL: the first steps are not over. Nothing goes out or comes in by itself.",
+    )
+    setup = models.JSONField(default=dict, editable=False, help_text="What the first steps found, and when.")
+    credentials_set_at = models.DateTimeField(null=True, editable=False)
+    credentials_set_by = models.CharField(max_length=200, blank=True, editable=False)
     not_before = models.DateTimeField(null=True, blank=True, editable=False)
     bucket_calls = models.FloatField(null=True, editable=False)  # calls left in the bucket at `bucket_at`
     bucket_at = models.DateTimeField(null=True, editable=False)
@@ -184,6 +233,12 @@ class Connection(models.Model):
     @property
     def pulls(self) -> bool:
         return self.direction in self.PULLING
+
+    def record_address(self, remote_id: str | None) -> str:
+        """Where people see this record in that system; "" when that is not known."""
+        if not remote_id or not self.record_url:
+            return ""
+        return self.record_url.replace(REMOTE_ID, quote(remote_id, safe=""))
 
     def _context(self) -> str:
         # Bound to the host: a changed address cannot be sent credentials that were meant for another.
@@ -372,6 +427,7 @@ class SyncRun(models.Model):
         ordering = ["-id"]
         indexes = [
             models.Index(fields=["state", "id"], name="run_queue", condition=Q(state__in=("queued", "running"))),
+            models.Index(fields=["organization", "created_at"], name="run_by_day"),
         ]
         default_permissions = ("view",)
 
@@ -386,6 +442,26 @@ class SyncRun(models.Model):
     def total(self) -> int:
         """How many records have an outcome."""
         return sum(getattr(self, name) for name in self.TOTALS)
+
+
+class ImportFile(models.Model):
+    """A file that somebody uploaded: kept from the preview until its rows are taken in, a day at the most."""
+
+    uid = models.UUIDField(default=uuid7, unique=True, editable=False)
+    organization = models.ForeignKey(Organization, on_delete=models.CASCADE, related_name="+", db_index=False)
+    connection = models.ForeignKey(Connection, null=True, on_delete=models.CASCADE, related_name="+")
+    user_id = models.CharField(max_length=64, help_text="Who uploaded it: nobody else may have it taken in.")
+    name = models.CharField(max_length=200)
+    content = models.BinaryField()
+    options = models.JSONField(default=dict)
+    run = models.OneToOneField(SyncRun, null=True, on_delete=models.CASCADE, related_name="file")
+    created_at = models.DateTimeField(default=timezone.now)
+
+    class Meta:
+        default_permissions = ()
+
+    def __str__(self) -> str:
+        return self.name
 
 
 class CustomerLink(models.Model):
@@ -484,6 +560,7 @@ class CustomerLink(models.Model):
             models.Index(
                 fields=["connection", "former_remote_id"], name="link_former_id", condition=~Q(former_remote_id="")
             ),
+            models.Index(fields=["connection", "updated_at", "id"], name="link_needs_you", condition=MAY_NEED_SOMEBODY),
         ]
         default_permissions = ("view",)
         permissions = [("push_customerlink", "Can push customers to connected systems")]
@@ -522,16 +599,18 @@ class CustomerLink(models.Model):
     def status(self, *, now: datetime) -> Status:
         return STATUSES[self.status_key(now=now)]
 
-    def sentence(self, *, now: datetime) -> str:
-        """What is going on, in words for staff."""
+    def sentence(self, *, now: datetime, key: str = "") -> str:
+        """What is going on, in words for staff; with `key`, what there is to say of that status."""
         shown = "%Y-%m-%d %H:%M:%S UTC"
-        return self.status(now=now).sentence.format(
+        status = STATUSES[key] if key else self.status(now=now)
+        whole = "" if key else self.connection.state_reason  # why none of the connection's links moves
+        return status.sentence.format(
             system=self.connection.name,
             time=self.synced_at.strftime(shown) if self.synced_at else "its creation",
             next=self.next_attempt_at.strftime(shown) if self.next_attempt_at else "the next pass",
             wait=self.connection.not_before.strftime(shown) if self.connection.not_before else "later",
             field=", ".join(self.conflicts) or self.error_field or "the record",
-            error=self.error or self.connection.state_reason or "no reason given",
+            error=self.error or whole or "no reason given",
         )
 
 
@@ -650,4 +729,21 @@ class Issue(models.Model):
         default_permissions = ("view", "change")
 
     def __str__(self) -> str:
-        return f"{self.get_kind_display()}: {self.message}"
+        # Not the message: it may quote personal data, and this is shown to whoever may see the issue.
+        return self.get_kind_display()
+
+
+class Heartbeat(models.Model):
+    """A process that carries out due work, and when it last said so."""
+
+    name = models.CharField(max_length=200, unique=True, help_text="Host and process.")
+    kind = models.CharField(max_length=32, help_text="What it was started as.")
+    started_at = models.DateTimeField()
+    seen_at = models.DateTimeField()
+
+    class Meta:
+        ordering = ["-seen_at"]
+        default_permissions = ()
+
+    def __str__(self) -> str:
+        return self.name

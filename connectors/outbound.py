@@ -13,6 +13,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -49,6 +50,7 @@ MESSAGE_LENGTH = 300
 _BAD_HEADER = "A header, perhaps the key, has characters that cannot be sent."
 # Line breaks and tabs stay in data (addresses have them), not in one-line messages.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_OF_THE_CLIENT = ("host", "connection", "content-length", "accept-encoding", "user-agent")
 _SENSITIVE = re.compile(r"auth|api-?key|cookie|token|secret|password|credential|signature|session")
 
 
@@ -85,6 +87,7 @@ class Session:
     refused: Mapping[str, str | Secret] | None = field(default=None, init=False, repr=False)
     accepted: Mapping[str, str | Secret] | None = field(default=None, init=False, repr=False)
     exhausted: float | None = field(default=None, init=False, repr=False)  # by the monotonic clock
+    heard: Mapping[str, str] = field(default_factory=dict, init=False, repr=False)  # headers of the last answer
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
 
     def take_exhausted(self) -> float | None:
@@ -196,7 +199,7 @@ class Session:
             timeout=httpx2.Timeout(self.deadline, connect=min(CONNECT_TIMEOUT, self.deadline)),
         )
         response = client.send(request, stream=True, follow_redirects=False)
-        answered = {name.lower(): value for name, value in response.headers.items()}
+        self.heard = answered = {name.lower(): value for name, value in response.headers.items()}
         try:
             # Before the body: it may turn out to be unusable, and this holds all the same.
             self._note_limit(answered)
@@ -239,6 +242,48 @@ class Session:
             if time.monotonic() > call.get().ends:
                 raise httpx2.ReadTimeout("deadline")
         return bytes(body)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One request as it would be sent. The values of credentials are `***`."""
+
+    method: str
+    url: str
+    headers: Mapping[str, str] = field(repr=False)
+    body: Any = field(repr=False)  # the JSON, or None
+
+
+class _Rehearsed(Exception):
+    """The first request has been seen; what made it goes no further."""
+
+
+class _Stage(httpx2.BaseTransport):
+    def __init__(self) -> None:
+        self.seen: httpx2.Request | None = None
+
+    def handle_request(self, request: httpx2.Request) -> httpx2.Response:
+        self.seen = request
+        raise _Rehearsed
+
+
+def rehearse(*, base_url: str, headers: Mapping[str, str | Secret], do: Callable[[Session], object]) -> Request | None:
+    """The first request that `do` makes with the session it is given; None if it makes none.
+
+    Nothing is sent and no name is resolved. Raises ConnectorError as sending would, before anything is sent.
+    """
+    stage = _Stage()
+    with httpx2.Client(transport=stage) as client, suppress(_Rehearsed):
+        do(Session(base_url=base_url, headers=headers, client=client))
+    if stage.seen is None:
+        return None
+    content = stage.seen.read()
+    return Request(
+        method=stage.seen.method,
+        url=str(stage.seen.url),
+        headers=redact({name: value for name, value in stage.seen.headers.items() if name not in _OF_THE_CLIENT}),
+        body=orjson.loads(content) if content else None,
+    )
 
 
 def raise_for_answer(answer: Answer) -> None:

@@ -116,6 +116,10 @@ class Capabilities:
         return self.upsert_external_id or self.create_key
 
 
+# In `Provider.required`: demanded whatever else is filled.
+ALWAYS: frozenset[str] = frozenset()
+
+
 class Provider:
     """One API that many systems speak, in both directions.
 
@@ -123,6 +127,7 @@ class Provider:
     label         the name shown to staff
     documentation the address of the API's documentation
     fields        the customer fields that its format carries
+    required      the customer fields that its document demands: always, or only when one of the named fields is filled
     account_label what `Connection.account` is called there; "" where the credentials alone tell the account
     credentials   the names of the credentials, in the order a form asks for them
     options       names of the switches it understands in `Connection.options`, each with its explanation
@@ -134,6 +139,7 @@ class Provider:
     label: ClassVar[str]
     documentation: ClassVar[str] = ""
     fields: ClassVar[frozenset[str]]
+    required: ClassVar[Mapping[str, frozenset[str]]] = {"name": ALWAYS}
     account_label: ClassVar[str] = ""
     credentials: ClassVar[Sequence[str]] = ("api_key",)
     options: ClassVar[Mapping[str, str]] = {}
@@ -156,6 +162,14 @@ class Provider:
         Raises Rejected with the field and the reason when the document demands what the customer does not have.
         """
         raise NotImplementedError
+
+    def missing(self, customer: Customer) -> list[str]:
+        """The demanded fields that are empty: without them `document` refuses the customer."""
+        return [
+            name
+            for name, others in self.required.items()
+            if not getattr(customer, name) and (not others or any(getattr(customer, other) for other in others))
+        ]
 
     def create(self, session: Session, connection: Connection, outgoing: Outgoing) -> Record:
         """Create the record and return it as the provider stored it, with its `remote_id`. Raises ConnectorError."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import os
@@ -15,7 +16,7 @@ from datetime import datetime, timedelta
 from functools import partial
 from typing import NamedTuple
 
-from django.db import InterfaceError, OperationalError, close_old_connections, connection, transaction
+from django.db import DatabaseError, InterfaceError, OperationalError, close_old_connections, connection, transaction
 from django.db.models import Exists, F, OuterRef, Q, QuerySet
 
 from connectors import login
@@ -26,7 +27,7 @@ from connectors.outbound import Session
 from connectors.providers import PROVIDERS
 from connectors.sealing import UnsealError
 from connectors.states import LinkState
-from connectors.sync import runs
+from connectors.sync import heartbeat, importing, runs
 from connectors.sync.claim import due_connections
 from connectors.sync.clock import database_clock
 from connectors.sync.pull import AlreadyRunning, pull
@@ -74,11 +75,20 @@ class Due(NamedTuple):
 def due_work(*, now: datetime) -> list[Due]:
     """Everything that is due, wherever it may be under way already."""
     columns = ("pk", "organization_id")
+    end_pauses(now)
     return [
         *(Due("push", *row) for row in due_connections(now=now).values_list(*columns)),
         *(Due("pull", *row) for row in due_pulls(now=now).values_list(*columns)),
         *(Due("batch", *row) for row in queued_batches().values_list(*columns)[:BATCHES]),
     ]
+
+
+def end_pauses(now: datetime) -> int:
+    """Use connections again whose pause was to end by now."""
+    over = Connection.objects.filter(state=Connection.State.PAUSED, paused_until__lte=now)
+    if not over.exists():  # asked first: an UPDATE takes SQLite's lock even where it changes nothing
+        return 0
+    return over.update(state=Connection.State.ACTIVE, state_reason="", paused_until=None, updated_at=now)
 
 
 def due_pulls(*, now: datetime) -> QuerySet[Connection]:
@@ -88,16 +98,17 @@ def due_pulls(*, now: datetime) -> QuerySet[Connection]:
         Q(next_pull_at=None) | Q(next_pull_at__lte=now),
         Q(not_before=None) | Q(not_before__lte=now),
         Q(pull_interval__gt=0) | ~Q(pull_cron=""),
+        opened_at__isnull=False,
         direction__in=Connection.PULLING,
         state=Connection.State.ACTIVE,
     ).select_related("organization")
 
 
 def queued_batches() -> QuerySet[SyncRun]:
-    """Batches that wait. Their kind is not pushed: a push run is carried by its links."""
-    return SyncRun.objects.filter(
-        kind=SyncRun.Kind.RECEIVE, state__in=(SyncRun.State.QUEUED, SyncRun.State.RUNNING), finished_at=None
-    ).order_by("pk")
+    """API batches and uploaded files that wait. Their kind is not pushed: a push run is carried by its links."""
+    kinds = Q(kind=SyncRun.Kind.RECEIVE) | Q(kind=SyncRun.Kind.IMPORT, file__isnull=False)
+    states = (SyncRun.State.QUEUED, SyncRun.State.RUNNING)
+    return SyncRun.objects.filter(kinds, state__in=states, finished_at=None).order_by("pk")
 
 
 # Slices. Each first asks whether it is due, so that being told to run too often, too late or twice does no harm.
@@ -178,24 +189,28 @@ def _pull_soon(chosen: Connection, now: datetime) -> None:
 
 
 def batch_slice(run_id: int, *, clock: Clock = database_clock, stop: Stop = lambda: False) -> int | None:
-    """Carry out an API batch that was accepted to be worked on later. None: it does not wait any more."""
+    """Carry out an API batch or an upload that was accepted to be worked on later. None: it does not wait any more."""
     with transaction.atomic():
         # One that is under way elsewhere is locked: to wait for it would only hold up a thread.
-        free = queued_batches().filter(pk=run_id)
+        free = SyncRun.objects.filter(pk__in=queued_batches().filter(pk=run_id).order_by().values("pk"))
         free = free.select_for_update(skip_locked=connection.features.has_select_for_update_skip_locked)
         if not list(free.values_list("pk", flat=True)):
             return None
     run = SyncRun.objects.select_related("connection__organization", "organization").get(pk=run_id)
-    if run.connection is None:
+    if run.kind != SyncRun.Kind.IMPORT and run.connection is None:
         return 0
     try:
-        PROVIDERS[run.connection.provider].run_queued(run)
+        if run.kind == SyncRun.Kind.IMPORT:
+            importing.carry_out(run, clock=clock, stop=stop)
+        elif run.connection is not None:
+            PROVIDERS[run.connection.provider].run_queued(run)
     except (InterfaceError, OperationalError):
         logger.exception("the queued batch %s waits for the database", run.public_id)
         return 0
     except Exception as error:
         logger.exception("the queued batch %s failed", run.public_id)
-        SyncRun.objects.filter(pk=run.pk).update(refused=F("planned"))
+        if run.kind != SyncRun.Kind.IMPORT:  # the chunks before are taken in and counted
+            SyncRun.objects.filter(pk=run.pk).update(refused=F("planned"))
         runs.finish(run=run, at=clock(), error=f"The batch failed: {type(error).__name__}.")
     return 1
 
@@ -229,7 +244,8 @@ def close_dead_runs(now: datetime) -> int:
     dead = SyncRun.objects.filter(
         (Q(kind=SyncRun.Kind.PUSH) & ~Exists(carried))
         | (Q(kind=SyncRun.Kind.PULL) & ~Exists(being_pulled))
-        | Q(kind__in=(SyncRun.Kind.IMPORT, SyncRun.Kind.SYNC)),
+        | Q(kind=SyncRun.Kind.IMPORT, file=None)
+        | Q(kind=SyncRun.Kind.SYNC),
         state__in=(SyncRun.State.QUEUED, SyncRun.State.RUNNING),
         finished_at=None,
         updated_at__lt=now - DEAD_AFTER,
@@ -326,6 +342,8 @@ HOUSEKEEPING: tuple[Callable[[datetime], object], ...] = (
     resolve_issues,
     keep_logins,
     forget_answers,
+    heartbeat.forget,
+    importing.forget_files,
 )
 
 
@@ -403,6 +421,14 @@ class Worker:
         self.find_at = 0.0
         self.keeps_house = False
         self.housekeep_at = 0.0
+        self.name = heartbeat.process_name()
+        self.beat_at = 0.0
+
+    def beat(self) -> None:
+        """Say now and then that this worker lives."""
+        if time.monotonic() >= self.beat_at:
+            heartbeat.beat(name=self.name, kind="run_worker", at=self.clock())
+            self.beat_at = time.monotonic() + heartbeat.EVERY.total_seconds()
 
     def look(self) -> int:
         """Give the free threads to what is due, neither under way nor resting; returns how many slices were started."""
@@ -467,6 +493,7 @@ class Worker:
             while not self.stop.is_set():
                 started = 0
                 try:
+                    self.beat()
                     started = self.look()
                 except Exception:
                     if once:
@@ -482,6 +509,8 @@ class Worker:
         finally:
             self.stop.set()
             self.pool.shutdown(wait=True)
+            with contextlib.suppress(DatabaseError):
+                heartbeat.gone(name=self.name)
             connection.close()
 
     def _pause(self) -> None:

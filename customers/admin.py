@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
@@ -13,19 +13,22 @@ from django.contrib.auth.models import Group, User
 from django.core.exceptions import PermissionDenied
 from django.db.models import ForeignKey, Q, QuerySet
 from django.http import Http404, HttpRequest, HttpResponse, HttpResponseRedirect
+from django.template.response import TemplateResponse
 from django.urls import URLPattern, path, reverse
 from django.utils.html import format_html
 from django.views.decorators.http import require_POST
 
-from customers import editing, theme
+from customers import editing, jsontext, theme
 from customers.editing import Actor, StaleVersion
-from customers.forms import CustomerForm, label, shown
+from customers.forms import ABSENT, Clash, CustomerForm, label, shown
 from customers.ids import parse_public_id
 from customers.models import Customer, CustomerChange, Organization
-from customers.normalize import email_key, name_key, phone_key
+from customers.normalize import clean_text, email_key, has_control_characters, name_key, phone_key
+from customers.privacy import masked, masked_all, sees
+from customers.timeline import PEOPLE, SYSTEMS, Asked, Cursor, Source, changes, notes, timeline
 
 MOMENT = "%Y-%m-%d %H:%M:%S UTC"
-TIMELINE_ROWS = 20
+NOTE_LENGTH = 2000
 
 
 def actor_of(request: HttpRequest, *, message: str = "") -> Actor:
@@ -157,6 +160,7 @@ class CustomerAdmin(OwnAdmin):
     search_fields = ["name"]
     search_help_text = "Name, e-mail, phone, or any id: the hub's or another system's."
     actions = ["archive_selected", "restore_selected"]
+    sources: Sequence[Source] = (changes, notes)  # of the timeline
 
     @admin.display(description="Name", ordering="name_key")
     def name_shown(self, customer: Customer) -> str:
@@ -209,13 +213,15 @@ class CustomerAdmin(OwnAdmin):
         fieldsets: list[tuple[str | None, dict[str, Any]]] = [
             ("Identity", {"fields": ["organization", "name", ("first_name", "last_name"), "is_active"]}),
             ("Contact", {"fields": ["email", "phone"]}),
-            ("Address", {"fields": _address("address")}),
-            ("Shipping address", {"fields": _address("shipping_address")}),
+            ("Address", {"fields": _address("address"), "classes": ["hub-addresses"]}),
+            ("Shipping address", {"fields": _address("shipping_address"), "classes": ["hub-addresses"]}),
             ("Preferences", {"fields": ["currency", ("notify_email", "notify_phone")]}),
             ("Custom fields", {"fields": ["custom_fields"]}),
         ]
         allowed = self.has_add_permission(request) if obj is None else self.has_change_permission(request, obj)
-        return [*fieldsets, ("This change", {"fields": ["message"]})] if allowed else fieldsets
+        return (
+            [*fieldsets, ("This change", {"fields": ["message"], "classes": ["hub-message"]})] if allowed else fieldsets
+        )
 
     def get_readonly_fields(self, request: HttpRequest, obj: Customer | None = None) -> list[str]:
         return ["organization"] if obj else []
@@ -260,27 +266,107 @@ class CustomerAdmin(OwnAdmin):
         form_url: str = "",
         obj: Customer | None = None,
     ) -> HttpResponse:
+        form = context["adminform"].form
+        if obj is not None and getattr(form, "stale", None):
+            return self._stale_page(request, form, obj)
         if obj is not None:
             context["can_archive"] = self.has_change_permission(request, obj)
-            context["timeline"] = [Entry(row) for row in obj.changes.order_by("-version")[:TIMELINE_ROWS]]
+            context["can_note"] = self.has_note_permission(request)
+            context["raw"] = self._raw(obj, open_=sees(request.user))
+            context |= self._timeline(request, obj)
             if request.user.has_perm("customers.view_customerchange"):
                 context["all_changes"] = (
                     reverse("admin:customers_customerchange_changelist") + f"?customer__id__exact={obj.pk}"
                 )
         return super().render_change_form(request, context, add, change, form_url, obj)
 
+    def _timeline(self, request: HttpRequest, customer: Customer) -> dict[str, Any]:
+        only = request.GET.get("timeline", "")
+        only = only if only in (PEOPLE, SYSTEMS) else ""
+        before = Cursor.parse(request.GET.get("before", ""))
+        asked = Asked(customer=customer, sees=sees(request.user), only=only, before=before)
+        entries, older = timeline(asked, self.sources)
+        return {"timeline": entries, "timeline_only": only, "timeline_before": before, "timeline_older": older}
+
+    def _raw(self, customer: Customer, *, open_: bool) -> str:
+        """Everything that the hub keeps of the customer itself, as JSON."""
+        values = {name: getattr(customer, name) for name in editing.EDITABLE}
+        kept = {
+            "id": customer.public_id,
+            "version": customer.version,
+            "created_at": customer.created_at,
+            "updated_at": customer.updated_at,
+            "archived_at": customer.archived_at,
+            **(values if open_ else masked_all(values)),
+        }
+        return jsontext.dumps(kept, option=jsontext.INDENT).decode()
+
+    def _stale_page(self, request: HttpRequest, form: CustomerForm, customer: Customer) -> HttpResponse:
+        """Who changed what since the form was opened, with a choice for each field that both changed."""
+        stale, open_ = form.stale, sees(request.user)
+        assert stale is not None
+
+        def told(clash: Clash) -> dict[str, Any]:
+            def value(one: Any) -> str:
+                return shown(one if open_ or one is ABSENT else masked(clash.name, one))
+
+            sides = (("original", "As it was"), ("theirs", "Theirs"), ("yours", "Yours"))
+            return {
+                "key": clash.key,
+                "title": clash.title,
+                "by": clash.by,
+                "sides": [(side, title, value(getattr(clash.sides, side))) for side, title in sides],
+                "chosen": clash.chosen,
+                "missing": clash.key in form.undecided,
+            }
+
+        context = {
+            **self.admin_site.each_context(request),
+            "title": "Changed since you opened it",
+            "opts": self.opts,
+            "customer": customer,
+            "stale": stale,
+            "undecided": form.undecided,
+            "clashes": [told(one) for one in stale.clashes],
+            "taken": [told(one) for one in stale.taken],
+            "kept": [told(one) for one in stale.kept],
+            "inputs": [bound.as_hidden() for bound in form],
+            "buttons": [name for name in ("_push", "_continue", "_addanother") if name in request.POST],
+        }
+        return TemplateResponse(request, "customers/stale.html", context)
+
     def history_view(
         self, request: HttpRequest, object_id: str, extra_context: dict[str, Any] | None = None
     ) -> HttpResponse:
         customer = self.get_object(request, object_id)
+        if not self.has_view_or_change_permission(request, customer):
+            raise PermissionDenied
         return HttpResponseRedirect(
             reverse("admin:customers_customerchange_changelist") + f"?customer__id__exact={customer.pk}"
         )
+
+    # Notes
+
+    def has_note_permission(self, request: HttpRequest) -> bool:
+        return bool(request.user.has_perm("customers.add_note"))
+
+    def note_view(self, request: HttpRequest, object_id: str) -> HttpResponse:
+        if not self.has_view_permission(request) or not self.has_note_permission(request):
+            raise PermissionDenied
+        customer = self.get_object(request, object_id)
+        text = clean_text(request.POST.get("text", ""))
+        if not 0 < len(text) <= NOTE_LENGTH or has_control_characters(text):
+            self.message_user(request, f"Write a note of at most {NOTE_LENGTH} characters.", messages.ERROR)
+        else:
+            editing.note(customer=customer, text=text, actor=actor_of(request))
+            self.message_user(request, "The note is in the timeline.", messages.SUCCESS)
+        return self.back(customer)
 
     # Archiving
 
     def get_urls(self) -> list[URLPattern]:
         return [
+            self.posted("note", self.note_view),
             self.posted("archive", self.archive_view),
             self.posted("restore", self.restore_view),
             *super().get_urls(),
@@ -389,13 +475,22 @@ class CustomerChangeAdmin(ReadOnlyAdmin):
         return Entry(change).sentence
 
 
+class TickedAdmin(theme.ModelAdmin):
+    """Offers what is many as boxes to tick: Django's two lists need scripts, and more width than a phone has."""
+
+    filter_horizontal = ()
+
+    def formfield_for_manytomany(self, db_field: Any, request: Any = None, **kwargs: Any) -> Any:
+        kwargs.setdefault("widget", theme.CheckboxSelectMultiple)
+        return super().formfield_for_manytomany(db_field, request, **kwargs)
+
+
 @admin.register(Organization)
-class OrganizationAdmin(theme.ModelAdmin):
+class OrganizationAdmin(TickedAdmin):
     """Who works with whose customers: for superusers alone."""
 
     list_display = ["name", "slug", "country"]
     search_fields = ["name", "slug"]
-    filter_horizontal = ["members"]
 
     def has_module_permission(self, request: HttpRequest) -> bool:
         return self._superuser(request)
@@ -423,12 +518,12 @@ admin.site.site_header = admin.site.site_title = "Customer Hub"
 
 
 @admin.register(User)
-class UserAdmin(DjangoUserAdmin, theme.ModelAdmin):  # type: ignore[type-arg] # none at run time
+class UserAdmin(TickedAdmin, DjangoUserAdmin):  # type: ignore[type-arg] # none at run time
     form = theme.UserChangeForm
     add_form = theme.UserCreationForm
     change_password_form = theme.AdminPasswordChangeForm
 
 
 @admin.register(Group)
-class GroupAdmin(DjangoGroupAdmin, theme.ModelAdmin):
+class GroupAdmin(TickedAdmin, DjangoGroupAdmin):
     pass

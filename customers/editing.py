@@ -21,7 +21,7 @@ from django.utils import timezone
 
 from customers import bulk
 from customers.ids import uuid7
-from customers.models import Customer, CustomerChange, MergeRecord, Organization
+from customers.models import Customer, CustomerChange, MergeRecord, Note, Organization
 from customers.normalize import (
     clean_text,
     country_code,
@@ -386,6 +386,13 @@ def _plain(changes: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         return str(value) if isinstance(value, UUID) else value
 
     return {name: [plain(value) for value in pair] for name, pair in changes.items()}
+
+
+def note(*, customer: Customer, text: str, actor: Actor, at: datetime | None = None) -> Note:
+    """Write something down about a customer. It makes no version and reaches no other system."""
+    return Note.objects.create(
+        customer=customer, at=at or timezone.now(), author_id=actor.id[:64], author_name=actor.name[:200], text=text
+    )
 
 
 @transaction.atomic

@@ -213,3 +213,19 @@ class MergeRecord(models.Model):
 
     def __str__(self) -> str:
         return f"{self.loser} merged into {self.survivor}"
+
+
+class Note(models.Model):
+    """What staff wrote down about a customer without changing it. Never edited."""
+
+    customer = models.ForeignKey(Customer, on_delete=models.PROTECT, related_name="notes")
+    at = models.DateTimeField()
+    author_id = models.CharField(max_length=64)
+    author_name = models.CharField(max_length=200)
+    text = models.CharField(max_length=2000)
+
+    class Meta:
+        default_permissions = ("add", "view")
+
+    def __str__(self) -> str:
+        return f"note by {self.author_name}"

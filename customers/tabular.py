@@ -120,6 +120,17 @@ class UnreadableTable(Exception):
     """The file as a whole cannot be read. The message names the remedy."""
 
 
+class UnknownColumns(UnreadableTable):
+    """The header names columns that are not known; `columns` are their names."""
+
+    def __init__(self, columns: Sequence[str]) -> None:
+        self.columns = columns
+        super().__init__(
+            f"Unknown columns: {', '.join(map(repr, columns))}. Known are id, external_id, {', '.join(FIELDS)} and"
+            " custom.<name>. --ignore-unknown leaves the others out."
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Problem:
     """Why a row cannot be taken: `row` counts as a spreadsheet does, the header being row 1."""
@@ -262,10 +273,7 @@ def _header(names: Sequence[str], *, ignore_unknown: bool) -> tuple[list[str | N
     columns = [(column_named(name) or None) if name.strip() else "" for name in names]
     unknown = [name.strip() for name, column in zip(names, columns, strict=True) if column is None]
     if unknown and not ignore_unknown:
-        raise UnreadableTable(
-            f"Unknown columns: {', '.join(map(repr, unknown))}. Known are id, external_id, {', '.join(FIELDS)} and"
-            " custom.<name>. --ignore-unknown leaves the others out."
-        )
+        raise UnknownColumns(unknown)
     named = [column for column in columns if column]
     if twice := sorted({column for column in named if named.count(column) > 1}):
         raise UnreadableTable(f"More than one column means {', '.join(twice)}. Keep one of each.")
@@ -424,6 +432,20 @@ class CsvWriter:
 
     def discard(self) -> None:
         """Nothing is held back."""
+
+
+class _HandedOn:
+    """A file that keeps nothing: what is written is the answer."""
+
+    def write(self, text: str) -> str:
+        return text
+
+
+def csv_lines(rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    """Rows as CSV, each as soon as it is there: for an answer that is streamed."""
+    writer = csv.writer(_HandedOn())
+    for cells in rows:
+        yield str(writer.writerow(cells))
 
 
 class XlsxWriter:

@@ -14,6 +14,7 @@ from typing import Any
 import environ
 from django.core.exceptions import ImproperlyConfigured
 from django.templatetags.static import static
+from django.urls import reverse_lazy
 
 BASE_DIR = Path(__file__).resolve().parent.parent
 env = environ.Env()
@@ -199,6 +200,17 @@ LOGGING = {
     "root": {"handlers": ["stderr"], "level": env.str("LOG_LEVEL", default="WARNING")},
 }
 
+
+def sidebar(title: str, icon: str, page: str, *rights: str) -> dict[str, Any]:
+    """A line of the side bar, for those with one of the rights; without any, for superusers."""
+    return {
+        "title": title,
+        "icon": icon,
+        "link": reverse_lazy(f"admin:{page}"),
+        "permission": lambda request: request.user.is_superuser or any(map(request.user.has_perm, rights)),
+    }
+
+
 UNFOLD = {
     "SITE_TITLE": "Customer Hub",
     "SITE_HEADER": "Customer Hub",
@@ -206,6 +218,51 @@ UNFOLD = {
     "SHOW_HISTORY": False,
     "SHOW_VIEW_ON_SITE": False,
     "STYLES": [lambda request: static("connectors/admin.css")],
+    "DASHBOARD_CALLBACK": "connectors.admin.dashboard.dashboard",
+    "SIDEBAR": {
+        "navigation": [
+            {
+                "title": "Work",
+                "items": [
+                    {"title": "Dashboard", "icon": "dashboard", "link": reverse_lazy("admin:index")},
+                    sidebar(
+                        *("Needs you", "inbox", "connectors_customerlink_needs_you", "connectors.view_customerlink"),
+                        *("connectors.change_connection", "connectors.change_issue"),
+                    ),
+                    sidebar("Customers", "group", "customers_customer_changelist", "customers.view_customer"),
+                ],
+            },
+            {
+                "title": "Systems",
+                "items": [
+                    sidebar("Connections", "lan", "connectors_connection_changelist", "connectors.view_connection"),
+                    sidebar("Links", "link", "connectors_customerlink_changelist", "connectors.view_customerlink"),
+                    sidebar("Runs", "sync", "connectors_syncrun_changelist", "connectors.view_syncrun"),
+                    sidebar("Issues", "report", "connectors_issue_changelist", "connectors.view_issue"),
+                    sidebar("API keys", "key", "connectors_apikey_changelist", "connectors.view_apikey"),
+                ],
+            },
+            {
+                "title": "Logs",
+                "items": [
+                    sidebar(
+                        "Changes", "history", "customers_customerchange_changelist", "customers.view_customerchange"
+                    ),
+                    sidebar(
+                        "Conflicts", "compare_arrows", "connectors_conflict_changelist", "connectors.view_conflict"
+                    ),
+                ],
+            },
+            {
+                "title": "Access",
+                "items": [
+                    sidebar("Users", "person", "auth_user_changelist", "auth.view_user"),
+                    sidebar("Groups", "groups", "auth_group_changelist", "auth.view_group"),
+                    sidebar("Organizations", "domain", "customers_organization_changelist"),
+                ],
+            },
+        ],
+    },
 }
 
 

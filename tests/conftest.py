@@ -14,6 +14,7 @@ from urllib.parse import quote
 
 import pytest
 from django.conf import settings
+from django.core.cache import cache
 from django.db import connection
 from django.test import Client
 
@@ -30,6 +31,12 @@ def _providers_as_written_down() -> Iterator[None]:
     yield
     PROVIDERS.clear()
     PROVIDERS.update(before)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_cached() -> None:
+    """The dashboard keeps its counters for a while, by ids that the next test gives out again."""
+    cache.clear()
 
 
 @pytest.fixture

@@ -1,5 +1,5 @@
 """The screens of connected systems, and the customer screens with what each system knows."""
 
-from connectors.admin import connections, customers, keys, links, runs
+from connectors.admin import connections, customers, dashboard, issues, keys, links, runs
 
-__all__ = ["connections", "customers", "keys", "links", "runs"]
+__all__ = ["connections", "customers", "dashboard", "issues", "keys", "links", "runs"]

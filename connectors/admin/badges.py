@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from datetime import datetime
 
 from django.contrib import admin
-from django.db.models import Case, CharField, Count, F, Value, When
+from django.db.models import Case, CharField, Count, F, Q, Value, When
 from django.http import HttpRequest
 from django.utils.html import format_html, format_html_join
 
@@ -68,9 +68,12 @@ def status_column(*, now: datetime) -> Case:
         When(connection__direction=Connection.Direction.CALLS_US, then=Value("calls_us")),
         When(connection__state=Connection.State.NEEDS_REAUTH, then=Value("reconnect")),
         When(connection__state=Connection.State.PAUSED, then=Value("paused")),
+        When(state=LinkState.UNCERTAIN, next_attempt_at__isnull=False, then=Value("checking")),
         When(state__in=PARKED, then=F("state")),
         When(lease_until__gt=now, then=Value("sending")),
+        When(~Q(conflicts={}), pushed_version__gte=F("needed_version"), then=Value("conflict")),
         When(pushed_version__gte=F("needed_version"), then=Value("in_sync")),
+        When(connection__not_before__gt=now, then=Value("rate_limited")),
         When(state=LinkState.RETRYING, then=Value("retrying")),
     )
     return Case(*conditions, default=Value("waiting"), output_field=CharField())

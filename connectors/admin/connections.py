@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from datetime import datetime
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -16,29 +16,31 @@ from django.http import HttpRequest, HttpResponse, HttpResponseRedirect
 from django.template.response import TemplateResponse
 from django.urls import URLPattern, reverse
 from django.utils import timezone
+from django.utils.dateparse import parse_datetime
 
 from connectors import login
+from connectors.admin import checking, overview, testing
 from connectors.admin.badges import connection_badge, counts_by_status, run_badge, summary
-from connectors.exceptions import ConnectionUnusable, ConnectorError, Gone, Rejected
+from connectors.admin.wizard import FirstSteps, canary_succeeded
+from connectors.exceptions import ConnectionUnusable, ConnectorError
 from connectors.guard import check_url
-from connectors.models import Connection, CustomerLink
-from connectors.outbound import Session
+from connectors.models import Connection, CustomerLink, Issue
 from connectors.provider import Provider
 from connectors.providers import PROVIDERS
 from connectors.sealing import UnsealError
+from connectors.states import HEALTH, health_key, health_sentence
 from connectors.sync.pull import AlreadyRunning, pull
 from connectors.sync.request import request as request_push
 from connectors.sync.schedule import problems_of_cron
 from customers.admin import OrganizationFilter, OwnAdmin, actor_of
-from customers.ids import uuid7
 from customers.models import Customer
+from customers.privacy import sees
 from customers.theme import CheckboxInput, ModelForm, PasswordInput, Select
 
-TEST_SECONDS = 10.0
 # One press of "Pull now" reads this many; the schedule and the command read everything.
 PULL_ROWS = 500
 SHORTEST_INTERVAL = 60
-RUNS_SHOWN = 5
+RUNS_SHOWN, ISSUES_SHOWN = 5, 10
 # All names that any provider's credentials have: a new connection's provider is chosen in the same form.
 CREDENTIALS = tuple(dict.fromkeys(name for provider in PROVIDERS.values() for name in provider.credentials))
 SECRETS = tuple(f"credential_{name}" for name in CREDENTIALS)
@@ -66,6 +68,7 @@ class ConnectionForm(ModelForm):
             "account",
             "direction",
             "base_url",
+            "record_url",
             "conflict_policy",
             "field_policies",
             "create_policy",
@@ -83,6 +86,9 @@ class ConnectionForm(ModelForm):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         kept = "Set. Leave empty to keep it." if self.instance.credentials else "Not set."
+        if self.instance.credentials and self.instance.credentials_set_at:
+            by, at = self.instance.credentials_set_by, self.instance.credentials_set_at
+            kept = f"{kept} {by} entered it on {at:%Y-%m-%d}."
         for field, name in zip(SECRETS, CREDENTIALS, strict=True):
             self.fields[field] = forms.CharField(
                 required=False,
@@ -187,7 +193,7 @@ class ConnectionForm(ModelForm):
 
 
 @admin.register(Connection)
-class ConnectionAdmin(OwnAdmin):
+class ConnectionAdmin(FirstSteps, OwnAdmin):
     form = ConnectionForm
     change_form_template = "connectors/connection_form.html"
     list_display = ["name", "provider_label", "organization", "direction", "badge", "links_by_state"]
@@ -212,7 +218,8 @@ class ConnectionAdmin(OwnAdmin):
 
     @admin.display(description="State", ordering="state")
     def badge(self, connection: Connection) -> str:
-        return connection_badge(connection, now=timezone.now())
+        parked = overview.parked_of(getattr(connection, "counts", {}))
+        return connection_badge(connection, parked=parked, now=timezone.now())
 
     @admin.display(description="Customers")
     def links_by_state(self, connection: Any) -> str:
@@ -226,7 +233,7 @@ class ConnectionAdmin(OwnAdmin):
         provider = "provider_label" if obj else "provider"
         return [
             ("System", {"fields": ["organization", provider, "name", "account", "direction"]}),
-            ("Address and login", {"fields": ["base_url", *secrets]}),
+            ("Address and login", {"fields": ["base_url", "record_url", *secrets]}),
             ("Conflicts", {"fields": ["conflict_policy", "field_policies"]}),
             (
                 "Creating and deleting",
@@ -263,6 +270,10 @@ class ConnectionAdmin(OwnAdmin):
     def save_model(self, request: HttpRequest, obj: Connection, form: Any, change: bool) -> None:
         if not change:
             obj.seal_credentials(form.entered())
+            if obj.credentials:
+                obj.credentials_set_at, obj.credentials_set_by = timezone.now(), actor_of(request).name[:200]
+            if not obj.calls_us:
+                obj.opened_at = None  # until the first steps are over
             obj.save()
             return
         kept = self._kept_credentials(obj)
@@ -272,10 +283,14 @@ class ConnectionAdmin(OwnAdmin):
         if form.cleaned_data.get("clear_credentials") or entered or (moved and obj.credentials):
             base = {} if moved or form.cleaned_data.get("clear_credentials") else kept
             obj.seal_credentials(login.merged(base, entered))
-            touched.add("credentials")
+            obj.credentials_set_at, obj.credentials_set_by = timezone.now(), actor_of(request).name[:200]
+            touched |= {"credentials", "credentials_set_at", "credentials_set_by"}
             if moved and not entered:
                 text = "The address leads to another host: the credentials were cleared. Enter those of the new host."
                 self.message_user(request, text, messages.WARNING)
+        if "direction" in touched and form.initial.get("direction") == Connection.Direction.CALLS_US:
+            obj.opened_at = None
+            touched.add("opened_at")
         if touched & {"pull_cron", "pull_interval"}:
             obj.next_pull_at = None  # the worker finds the next time by the new schedule
             touched.add("next_pull_at")
@@ -310,20 +325,42 @@ class ConnectionAdmin(OwnAdmin):
         obj: Connection | None = None,
     ) -> HttpResponse:
         if obj is not None:
-            now = timezone.now()
-            counts = counts_by_status([obj.pk], now=now).get(obj.pk, {})
-            context |= {
-                "badge": connection_badge(obj, now=now),
-                "counts": summary(counts) if counts else "no customers yet",
-                "runs": [(run, run_badge(run)) for run in obj.runs.all()[:RUNS_SHOWN]],
-                "can_change": self.has_change_permission(request, obj),
-                "can_pull": obj.pulls and self.has_pull_permission(request),
-                "can_push": obj.pushes and self.has_push_permission(request),
-                "can_view_runs": request.user.has_perm("connectors.view_syncrun"),
-                "active": obj.state == Connection.State.ACTIVE,
-                "provider": PROVIDERS.get(obj.provider),
-            }
+            context |= self._facts(request, obj, now=timezone.now())
         return super().render_change_form(request, context, add, change, form_url, obj)
+
+    def _facts(self, request: HttpRequest, obj: Connection, *, now: datetime) -> dict[str, Any]:
+        """What the page tells besides the settings, in a constant number of queries."""
+        provider = PROVIDERS.get(obj.provider)
+        queue = overview.queue(obj, now=now)
+        parked, oldest_due = queue.parked, queue.oldest_due
+        may_see_customers = request.user.has_perm("customers.view_customer")
+        example = mapping = None
+        if provider is not None and may_see_customers:
+            example = overview.example_of(obj, request.GET.get("example", ""))
+            mapping = overview.mapping(provider, obj, example=example, sees=sees(request.user))
+        return {
+            "badge": connection_badge(obj, parked=parked, oldest_due=oldest_due, now=now),
+            "health": HEALTH[health_key(obj, parked=parked, oldest_due=oldest_due, now=now)],
+            "health_sentence": health_sentence(obj, parked=parked, oldest_due=oldest_due, now=now),
+            "queue": queue,
+            "issues": list(Issue.objects.filter(connection=obj, resolved_at=None)[:ISSUES_SHOWN])
+            if request.user.has_perm("connectors.view_issue")
+            else [],
+            "limits": overview.limit_facts(obj, now=now) if not obj.calls_us else [],
+            "abilities": list(overview.abilities(provider, obj)) if provider and not obj.calls_us else [],
+            "mapping": mapping if not obj.calls_us else None,
+            "example": example,
+            "example_missing": bool(request.GET.get("example")) and example is None,
+            "runs": [(run, run_badge(run)) for run in obj.runs.defer("problems", "request")[:RUNS_SHOWN]],
+            "can_change": self.has_change_permission(request, obj),
+            "can_pull": obj.pulls and self.has_pull_permission(request),
+            "can_push": obj.pushes and self.has_push_permission(request),
+            "can_check": not obj.calls_us and provider is not None and checking.may_check(request.user),
+            "can_view_runs": request.user.has_perm("connectors.view_syncrun"),
+            "can_view_links": request.user.has_perm("connectors.view_customerlink"),
+            "active": obj.state == Connection.State.ACTIVE,
+            "provider": provider,
+        }
 
     # Buttons
 
@@ -336,6 +373,7 @@ class ConnectionAdmin(OwnAdmin):
     def get_urls(self) -> list[URLPattern]:
         return [
             self.posted("test", self.test_view),
+            self.posted("check", self.check_view),
             self.posted("pull", self.pull_view),
             self.posted("push", self.push_view),
             self.posted("pause", self.pause_view),
@@ -344,45 +382,45 @@ class ConnectionAdmin(OwnAdmin):
         ]
 
     def test_view(self, request: HttpRequest, object_id: str) -> HttpResponse:
-        """One read, which changes nothing there."""
+        """Reads, which change nothing there; the page says step by step what came of them."""
         if not self.has_change_permission(request):
             raise PermissionDenied
         connection = self.get_object(request, object_id)
-        self._told(request, self._test(connection))
-        return self.back(connection)
+        tested = testing.test(connection)
+        self.remember(connection, "test", good=tested.good, account=tested.account)
+        context = {
+            **self.admin_site.each_context(request),
+            "title": f"Test of {connection}",
+            "opts": self.opts,
+            "connection": connection,
+            "tested": tested,
+        }
+        return TemplateResponse(request, "connectors/connection_test.html", context)
 
     def _test(self, connection: Connection) -> tuple[int, str]:
-        if connection.calls_us:
-            return messages.INFO, f"{connection} calls the hub: there is nothing to test until its calls arrive."
-        provider = PROVIDERS[connection.provider]
-        try:
-            session = provider.session(connection)
-            session.deadline = TEST_SECONDS
-            told = self._ask(provider, session, connection)
-            if connection.state == Connection.State.NEEDS_REAUTH:
-                account = provider.account_id(session, connection)
-                login.reconnect(connection, session=session, account_id=account, clock=timezone.now)
-                told = f"{told} It is used again, with a few customers first."
-        except Rejected as error:
-            return messages.WARNING, f"{connection} answers, with: {error.message}"
-        except UnsealError as error:
-            return messages.ERROR, f"The credentials cannot be read. {error}"
-        except ConnectorError as error:
-            return messages.ERROR, f"{connection} cannot be used now: {error.message}"
-        return messages.SUCCESS, told
+        tested = testing.test(connection)
+        return tested.level, tested.text
 
-    def _ask(self, provider: Provider, session: Session, connection: Connection) -> str:
-        """One read, and what it tells. Raises ConnectorError."""
-        offers = provider.capabilities(connection)
-        if not offers.lists and not offers.fetches:
-            return f"{provider.label} documents nothing to read: push one customer to see."
-        if offers.lists:
-            page = provider.page(session, connection, cursor=None, since=None, limit=1)
-            first = "It has customers." if page.records else "It has no customers yet."
-            return f"{connection} answers and accepts the login. {first}"
-        with suppress(Gone):
-            provider.fetch(session, connection, str(uuid7()))
-        return f"{connection} answers and accepts the login."
+    def check_view(self, request: HttpRequest, object_id: str) -> HttpResponse:
+        """A dry run: reads there, and shows what a push or a pull would come to."""
+        if not checking.may_check(request.user) or not self.has_view_permission(request):
+            raise PermissionDenied
+        connection = self.get_object(request, object_id)
+        if connection.calls_us or connection.provider not in PROVIDERS:
+            self.message_user(request, f"The hub does not call {connection}: there is nothing to compare.")
+            return self.back(connection)
+        result = checking.checked(connection)
+        context = {
+            **self.admin_site.each_context(request),
+            "title": f"{connection} compared with the hub",
+            "opts": self.opts,
+            "connection": connection,
+            "checked": result,
+            "rows": checking.rows(result.found, sees=sees(request.user)),
+            "refusals": result.found.refusals.most_common(10),
+            "can_view_customers": request.user.has_perm("customers.view_customer"),
+        }
+        return TemplateResponse(request, "connectors/check.html", context)
 
     def pull_view(self, request: HttpRequest, object_id: str) -> HttpResponse:
         if not self.has_pull_permission(request) or not self.has_view_permission(request):
@@ -396,7 +434,7 @@ class ConnectionAdmin(OwnAdmin):
         provider = PROVIDERS[connection.provider]
         try:
             session = provider.session(connection)
-            session.deadline = TEST_SECONDS
+            session.deadline = testing.TEST_SECONDS
             run = pull(
                 connection=connection,
                 provider=provider,
@@ -426,7 +464,11 @@ class ConnectionAdmin(OwnAdmin):
         if not connection.pushes:
             self.message_user(request, f"The hub does not send to {connection}.", messages.ERROR)
             return self.back(connection)
-        if not request.POST.get("confirmed"):
+        typed = request.POST.get("typed_name", "").strip() == connection.name
+        held = connection.opened_at is None and not typed and not canary_succeeded(connection)
+        if request.POST.get("confirmed") and held:
+            self.message_user(request, "Nothing is sent: the first customers have not gone out yet.", messages.ERROR)
+        if held or not request.POST.get("confirmed"):
             customers = Customer.objects.filter(
                 organization=connection.organization, archived_at=None, merged_into=None
             ).count()
@@ -441,11 +483,13 @@ class ConnectionAdmin(OwnAdmin):
                 "title": f"Push all customers to {connection}",
                 "opts": self.opts,
                 "connection": connection,
+                "held": held,
                 "customers": customers,
                 "new": max(customers - linked, 0),
                 "counts": summary(counts_by_status([connection.pk], now=timezone.now()).get(connection.pk, {})),
             }
             return TemplateResponse(request, "connectors/push_all.html", context)
+        self.open_now(connection)
         run = request_push(connection=connection, actor=actor_of(request))
         text = f"{connection}: {run.planned} customers, {run.unchanged} already up to date. A worker sends the others."
         self.message_user(request, text, messages.SUCCESS)
@@ -461,8 +505,19 @@ class ConnectionAdmin(OwnAdmin):
             connection = self.get_object(request, object_id)
             self.message_user(request, "Say why: the reason is shown to everybody who waits.", messages.ERROR)
             return self.back(connection)
+        until = None
+        if text := request.POST.get("until", ""):
+            until = _moment(text)
+            if until is None or until <= timezone.now():
+                self.message_user(request, "The end of a pause is a time to come, or empty.", messages.ERROR)
+                return self._unchanged(request, object_id)
         by = actor_of(request).name
-        return self._set_state(request, object_id, Connection.State.PAUSED, f"{reason} ({by})")
+        return self._set_state(request, object_id, Connection.State.PAUSED, f"{reason} ({by})", until=until)
+
+    def _unchanged(self, request: HttpRequest, object_id: str) -> HttpResponse:
+        if not self.has_change_permission(request):
+            raise PermissionDenied
+        return self.back(self.get_object(request, object_id))
 
     def resume_view(self, request: HttpRequest, object_id: str) -> HttpResponse:
         if self.has_change_permission(request):
@@ -472,11 +527,24 @@ class ConnectionAdmin(OwnAdmin):
                 return self.back(connection)
         return self._set_state(request, object_id, Connection.State.ACTIVE, "")
 
-    def _set_state(self, request: HttpRequest, object_id: str, state: str, reason: str) -> HttpResponse:
+    def _set_state(
+        self, request: HttpRequest, object_id: str, state: str, reason: str, *, until: datetime | None = None
+    ) -> HttpResponse:
         if not self.has_change_permission(request):
             raise PermissionDenied
         connection = self.get_object(request, object_id)
         connection.state, connection.state_reason = state, reason[:500]
-        connection.save(update_fields=["state", "state_reason", "updated_at"])
-        self.message_user(request, f"{connection} is {connection.get_state_display().lower()}.", messages.SUCCESS)
+        connection.paused_until = until
+        connection.save(update_fields=["state", "state_reason", "paused_until", "updated_at"])
+        ends = f" until {until:%Y-%m-%d %H:%M} UTC" if until else ""
+        self.message_user(request, f"{connection} is {connection.get_state_display().lower()}{ends}.", messages.SUCCESS)
         return self.back(connection)
+
+
+def _moment(text: str) -> datetime | None:
+    """The time that a form's input names, which is in UTC; None for no time."""
+    try:
+        found = parse_datetime(text.strip())
+    except ValueError:
+        return None
+    return timezone.make_aware(found) if found and timezone.is_naive(found) else found

@@ -4,42 +4,50 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 from uuid import UUID
 
 from django.contrib import admin, messages
-from django.contrib.admin.helpers import ACTION_CHECKBOX_NAME
 from django.core.exceptions import PermissionDenied
-from django.db.models import Count, Exists, OuterRef, Prefetch, Q, QuerySet, prefetch_related_objects
+from django.db.models import Exists, OuterRef, Prefetch, Q, QuerySet, prefetch_related_objects
 from django.http import Http404, HttpRequest, HttpResponse, HttpResponseRedirect
-from django.template.response import TemplateResponse
-from django.urls import URLPattern, reverse
+from django.urls import NoReverseMatch, URLPattern, reverse
 from django.utils import timezone
+from django.utils.html import format_html, format_html_join
 
-from connectors.admin.badges import connection_badge, connection_choices, link_badge, status_column, summary
+from connectors.admin import history
+from connectors.admin.badges import connection_choices, link_badge, status_column, summary
+from connectors.admin.bulk import BulkActions
+from connectors.admin.compare import uid_of_mark
+from connectors.admin.linking import LinkAdmin
+from connectors.admin.tables import Tables
 from connectors.exceptions import ConnectionUnusable, RetryLater
-from connectors.models import Connection, CustomerLink
+from connectors.models import Connection, CustomerLink, PushIntent
+from connectors.provider import Provider
 from connectors.providers import PROVIDERS
 from connectors.sealing import UnsealError
 from connectors.states import STATUSES
+from connectors.sync.merge import same
 from connectors.sync.plan import changed_values
 from connectors.sync.push import push
 from connectors.sync.request import request as request_push
-from customers.admin import MOMENT, CustomerAdmin, actor_of, by_organization
+from customers.admin import MOMENT, CustomerAdmin, actor_of, organizations
 from customers.editing import EDITABLE, Actor
 from customers.forms import label
 from customers.ids import parse_public_id
 from customers.models import Customer
+from customers.privacy import sees
+from customers.timeline import Asked, without_personal
 
 # One button press waits this long for one answer, and about this long in all; the worker does what is left.
 CALL_SECONDS = 10.0
 PRESS_SECONDS = 20.0
-# More than this is for the command that pushes.
-MAX_CHOSEN = 10_000
 LEVELS = {"success": messages.SUCCESS, "warning": messages.WARNING, "danger": messages.ERROR}
+# A link in one of these states waits for a person's decision.
+ASKS = ("conflict", "uncertain", "remote_deleted", "duplicate")
 BULKY = ("remote_data", "base_local", "base_remote")
 
 
@@ -83,6 +91,23 @@ def _links_in(connection: str | None) -> QuerySet[CustomerLink]:
     return links
 
 
+def reads_one(provider: Provider, connection: Connection) -> bool:
+    return provider.capabilities(connection).fetches
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """A field of which the system had another value when it was last seen, and why."""
+
+    name: str
+    there: Any
+    why: str
+
+    @property
+    def title(self) -> str:
+        return label(self.name)
+
+
 @dataclass(kw_only=True)
 class System:
     """One row of the table of systems on a customer's page."""
@@ -91,7 +116,30 @@ class System:
     link: CustomerLink | None
     key: str
     sentence: str
-    waiting: str
+    waiting: str = ""
+    differs: list[Difference] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)  # fields that it demands and that are empty
+
+    @property
+    def address(self) -> str:
+        """Where people see the record in that system; "" when that is not known."""
+        return self.connection.record_address(self.link.remote_id) if self.link and not self.link.deleted_at else ""
+
+    @property
+    def can_link(self) -> bool:
+        provider = PROVIDERS.get(self.connection.provider)
+        free = self.link is None or (not self.link.remote_id and self.key not in ASKS) or self.key == "remote_deleted"
+        return bool(free and not self.connection.calls_us and provider and reads_one(provider, self.connection))
+
+    @property
+    def resolve(self) -> str:
+        """The page on which a person decides what this link waits for; "" when it waits for nobody."""
+        if self.link is None or self.key not in ASKS:
+            return ""
+        try:
+            return reverse("admin:connectors_customerlink_resolve", args=[self.link.pk])
+        except NoReverseMatch:
+            return ""
 
     @property
     def badge(self) -> str:
@@ -105,7 +153,8 @@ class System:
 def systems_of(customer: Customer, *, now: datetime) -> list[System]:
     """Every connection of the customer's organization and what it knows of the customer, in two queries."""
     links: dict[int, list[CustomerLink]] = {}
-    for link in CustomerLink.objects.filter(customer=customer).order_by("is_duplicate", "pk"):
+    rows = CustomerLink.objects.filter(customer=customer).defer("remote_data", "tombstone")
+    for link in rows.order_by("is_duplicate", "pk"):
         links.setdefault(link.connection_id, []).append(link)
     systems = []
     for connection in Connection.objects.filter(organization=customer.organization_id):
@@ -115,28 +164,90 @@ def systems_of(customer: Customer, *, now: datetime) -> list[System]:
 
 
 def _system(customer: Customer, connection: Connection, link: CustomerLink | None, now: datetime) -> System:
+    provider = PROVIDERS.get(connection.provider)
+    missing = provider.missing(customer) if provider and connection.pushes else []
     if link is None:
         sentence = STATUSES["not_linked"].sentence.format(system=connection.name)
-        return System(connection=connection, link=None, key="not_linked", sentence=sentence, waiting="")
+        return System(connection=connection, link=None, key="not_linked", sentence=sentence, missing=missing)
     link.connection = connection
     waiting = ""
-    if connection.pushes and link.is_dirty and connection.provider in PROVIDERS:
-        if not link.remote_id:
-            waiting = "all fields"
-        else:
-            fields = changed_values(link, customer, PROVIDERS[connection.provider].fields)
-            waiting = ", ".join(label(name) for name in fields)
+    changed = changed_values(link, customer, provider.fields) if provider else {}
+    if connection.pushes and link.is_dirty and provider:
+        waiting = "all fields" if not link.remote_id else ", ".join(label(name) for name in changed)
     return System(
         connection=connection,
         link=link,
         key=link.status_key(now=now),
         sentence=link.sentence(now=now),
         waiting=waiting,
+        differs=_differences(link, customer, changed) if provider and link.deleted_at is None else [],
+        missing=[] if link.is_duplicate or link.deleted_at else missing,
     )
 
 
-def push_now(*, customer: Customer, connections: Sequence[Connection], actor: Actor) -> Iterator[tuple[int, str]]:
-    """Push one customer to these systems, one after the other, and say in words what came of each."""
+def _differences(link: CustomerLink, customer: Customer, changed: Collection[str]) -> list[Difference]:
+    """What the system had when it was last seen, where that is not what the hub has. Asks nobody."""
+    found = []
+    for name in EDITABLE:
+        there = link.conflicts[name]["there"] if name in link.conflicts else link.base_remote.get(name, "")
+        if (name not in link.base_remote and name not in link.conflicts) or same(there, getattr(customer, name)):
+            continue
+        if name in link.conflicts:
+            why = "in conflict"
+        elif name in changed:
+            why = "the hub's value waits to be sent" if link.connection.pushes else "the hub does not send there"
+        else:
+            why = f"{link.connection.name} writes it so"
+        found.append(Difference(name=name, there=there, why=why))
+    return found
+
+
+def hints(
+    fields: Collection[str], systems: Sequence[System], *, told: Callable[[str, Any], str]
+) -> dict[str, list[tuple[str, str, bool]]]:
+    """What to say beside each field: (icon, words, whether it needs attention)."""
+    said: dict[str, list[tuple[str, str, bool]]] = {}
+    for system in systems:
+        provider = PROVIDERS.get(system.connection.provider)
+        if provider is None:
+            continue
+        name = system.connection.name
+        if system.connection.pushes and not (system.link and (system.link.is_duplicate or system.link.deleted_at)):
+            for needed, others in provider.required.items():
+                if needed in system.missing:
+                    text = f"Needed by {name}: it is not sent there while this is empty."
+                    said.setdefault(needed, []).append(("⚠", text, True))
+                elif not others:
+                    said.setdefault(needed, []).append(("", f"Needed by {name}.", False))
+        for one in system.differs:
+            icon = "⇄" if one.why == "in conflict" else "≠"
+            said.setdefault(one.name, []).append((icon, f"{name}: {told(one.name, one.there)} ({one.why})", False))
+    return {name: lines for name, lines in said.items() if name in fields}
+
+
+def put_hints(form: Any, systems: Sequence[System], *, told: Callable[[str, Any], str]) -> None:
+    """Show the hints under the inputs of a form."""
+    for name, lines in hints(form.fields, systems, told=told).items():
+        shown_lines = format_html_join(
+            "",
+            '<span class="hub-hint{}">{} {}</span>',
+            ((" hub-hint-needed" if needed else "", icon, text) for icon, text, needed in lines),
+        )
+        help_text = form.fields[name].help_text
+        form.fields[name].help_text = format_html("{}{}", help_text, shown_lines)
+
+
+def push_now(
+    *,
+    customer: Customer,
+    connections: Sequence[Connection],
+    actor: Actor,
+    marks: Mapping[int, UUID | None] | None = None,
+) -> Iterator[tuple[int, str]]:
+    """Push one customer to these systems, one after the other, and say in words what came of each.
+
+    `marks` are the marks that a preview showed, by connection: links that are made now carry them.
+    """
     ends = time.monotonic() + PRESS_SECONDS
     for connection in connections:
         if customer.archived_at or customer.merged_into_id:
@@ -149,11 +260,15 @@ def push_now(*, customer: Customer, connections: Sequence[Connection], actor: Ac
                 "Repair or resume the connection, then push again.",
             )
         else:
-            yield _push_one(customer, connection, actor, in_time=time.monotonic() < ends)
+            mark = (marks or {}).get(connection.pk)
+            yield _push_one(customer, connection, actor, mark, in_time=time.monotonic() < ends)
 
 
-def _push_one(customer: Customer, connection: Connection, actor: Actor, *, in_time: bool) -> tuple[int, str]:
-    request_push(connection=connection, actor=actor, customer_ids=[customer.pk], urgent=True)
+def _push_one(
+    customer: Customer, connection: Connection, actor: Actor, mark: UUID | None, *, in_time: bool
+) -> tuple[int, str]:
+    uids = {customer.pk: mark} if mark else {}
+    request_push(connection=connection, actor=actor, customer_ids=[customer.pk], urgent=True, uids=uids)
     if not in_time:
         return messages.INFO, f"The others took long: {connection.name} follows as soon as a worker is free."
     provider = PROVIDERS[connection.provider]
@@ -196,13 +311,14 @@ admin.site.unregister(Customer)
 
 
 @admin.register(Customer)
-class LinkedCustomerAdmin(CustomerAdmin):
+class LinkedCustomerAdmin(BulkActions, Tables, LinkAdmin):
     """The customer screens, extended by links and push buttons."""
 
+    sources = history.SOURCES
     change_form_template = "connectors/customer_form.html"
     list_display = ["name_shown", "email", "phone", "organization", "systems", "updated", "version"]
     list_filter = [*CustomerAdmin.list_filter, SystemFilter, StateFilter]
-    actions = [*CustomerAdmin.actions, "push_selected"]
+    change_list_template = "connectors/customer_list.html"
 
     # Finding and listing
 
@@ -230,9 +346,6 @@ class LinkedCustomerAdmin(CustomerAdmin):
 
     # One customer
 
-    def has_push_permission(self, request: HttpRequest) -> bool:
-        return bool(request.user.has_perm("connectors.push_customerlink"))
-
     def get_urls(self) -> list[URLPattern]:
         return [self.posted("push", self.push_view), *super().get_urls()]
 
@@ -246,18 +359,63 @@ class LinkedCustomerAdmin(CustomerAdmin):
         obj: Customer | None = None,
     ) -> HttpResponse:
         context["can_push"] = self.has_push_permission(request)
-        if obj is not None:
-            in_use = not obj.archived_at and not obj.merged_into_id
-            context["systems"] = systems = systems_of(obj, now=timezone.now())
-            context["can_push"] = context["can_push"] and in_use
-            context["can_push_all"] = context["can_push"] and any(system.can_push for system in systems)
-            context["rejections"] = [
-                (system, label(field) if (field := system.link.error_field) in EDITABLE else field, field in EDITABLE)
-                for system in systems
-                if system.link and system.key == "rejected"
-            ]
-            context["can_view_links"] = request.user.has_perm("connectors.view_customerlink")
+        form = context["adminform"].form
+        if obj is None:
+            own = Connection.objects.filter(organization__in=organizations(request), direction__in=Connection.PUSHING)
+            put_hints(form, [_system(Customer(), one, None, timezone.now()) for one in own], told=lambda *_: "")
+        elif not getattr(form, "stale", None):
+            self._add_systems(request, context, obj)
         return super().render_change_form(request, context, add, change, form_url, obj)
+
+    def _add_systems(self, request: HttpRequest, context: dict[str, Any], customer: Customer) -> None:
+        asked = Asked(customer=customer, sees=sees(request.user))
+        # A refused save leaves what was typed on the customer: what systems have is compared with what is stored.
+        stored = Customer.objects.get(pk=customer.pk) if request.method == "POST" else customer
+        systems = systems_of(stored, now=timezone.now())
+        put_hints(context["adminform"].form, systems, told=asked.value)
+        in_use = not stored.archived_at and not stored.merged_into_id
+        can_push = self.has_push_permission(request) and in_use
+        refused = [system for system in systems if system.key == "rejected" and system.link]
+        context |= {
+            "systems": [
+                (
+                    system,
+                    asked.text(system.sentence),
+                    [(one.title, asked.value(one.name, one.there), one.why) for one in system.differs],
+                    [label(name) for name in system.missing],
+                )
+                for system in systems
+            ],
+            "counts": summary(Counter(system.key for system in systems if system.link)),
+            "can_push": can_push,
+            "can_push_all": can_push and any(system.can_push for system in systems),
+            "can_compare": self.has_compare_permission(request),
+            "can_link": can_push,
+            "rejections": self._rejections(refused, asked),
+            "can_view_links": request.user.has_perm("connectors.view_customerlink"),
+            "can_view_connections": request.user.has_perm("connectors.view_connection"),
+        }
+
+    def _rejections(self, systems: Sequence[System], asked: Asked) -> list[dict[str, Any]]:
+        """What each refusal says: which field, in whose words, when, and the ids to quote."""
+        if not systems:
+            return []
+        last: dict[int, PushIntent] = {}
+        links = [system.link.pk for system in systems if system.link]
+        tried = PushIntent.objects.filter(link__in=links).only("link_id", "answered_at", "status", "remote_request_id")
+        for intent in tried.filter(outcome=PushIntent.Outcome.FAILED).order_by("pk"):
+            last[intent.link_id] = intent
+        return [
+            {
+                "system": system,
+                "field": label(name) if (name := system.link.error_field) in EDITABLE else name,
+                "target": name if name in EDITABLE else "",
+                "error": asked.text(system.link.error),
+                "intent": last.get(system.link.pk),
+            }
+            for system in systems
+            if system.link
+        ]
 
     def push_view(self, request: HttpRequest, object_id: str) -> HttpResponse:
         """Push one customer to the system named in the form, or to all that the hub sends to."""
@@ -271,12 +429,24 @@ class LinkedCustomerAdmin(CustomerAdmin):
             connections = connections.filter(pk=chosen) if chosen.isdecimal() else connections.none()
             if not connections:
                 raise Http404
-        told = list(push_now(customer=customer, connections=list(connections), actor=actor_of(request)))
+        chosen_ones = list(connections)
+        from_preview = request.POST.get("back") == "preview"
+        if from_preview and request.POST.get("version") != str(customer.version):
+            text = f"{customer.name} has changed since you looked: nothing was sent. Look again, then push."
+            self.message_user(request, text, messages.WARNING)
+            return self._back_to_preview(customer, chosen)
+        marks = {one.pk: uid_of_mark(request.POST.get(f"mark-{one.pk}", ""), customer, one) for one in chosen_ones}
+        told = list(push_now(customer=customer, connections=chosen_ones, actor=actor_of(request), marks=marks))
         if not told:
             told = [(messages.WARNING, "There is no system that the hub sends to. Add a connection first.")]
         for level, text in told:
+            text = text if sees(request.user) else without_personal(text, customer)
             self.message_user(request, text, level)
-        return self.back(customer)
+        return self._back_to_preview(customer, chosen) if from_preview else self.back(customer)
+
+    def _back_to_preview(self, customer: Customer, connection: str | None) -> HttpResponse:
+        address = reverse("admin:customers_customer_preview", args=[customer.pk])
+        return HttpResponseRedirect(f"{address}?connection={connection}" if connection else address)
 
     def response_add(self, request: HttpRequest, obj: Customer, post_url_continue: str | None = None) -> HttpResponse:
         return self._then_push(request, obj, super().response_add(request, obj, post_url_continue))
@@ -290,82 +460,3 @@ class LinkedCustomerAdmin(CustomerAdmin):
         # The browser posts again to the push button's address: the edit is committed before anything is sent.
         address = reverse("admin:customers_customer_push", args=[obj.pk])
         return HttpResponseRedirect(address, preserve_request=True)
-
-    # Many customers
-
-    @admin.action(description="Push to connected systems…", permissions=["push"])
-    def push_selected(self, request: HttpRequest, queryset: QuerySet[Customer]) -> HttpResponse | None:
-        """First shows how many go where; the second POST makes the runs."""
-        customers = queryset.filter(archived_at=None, merged_into=None)
-        chosen = {organization.pk: ids for organization, ids in by_organization(customers, limit=MAX_CHOSEN + 1)}
-        total = sum(map(len, chosen.values()))
-        if total > MAX_CHOSEN:
-            text = f"At most {MAX_CHOSEN} customers at once: narrow the choice, or use manage.py push_customers."
-            self.message_user(request, text, messages.ERROR)
-            return None
-        connections = list(
-            Connection.objects.filter(organization__in=chosen, direction__in=Connection.PUSHING).select_related(
-                "organization"
-            )
-        )
-        if not connections:
-            text = "Nothing to send: the customers are archived, or the hub sends to no system of theirs."
-            self.message_user(request, text, messages.WARNING)
-            return None
-        if request.POST.get("confirmed"):
-            wanted = [c for c in connections if str(c.pk) in request.POST.getlist("connections")]
-            return self._request(request, wanted, chosen)
-        now = timezone.now()
-        context = {
-            **self.admin_site.each_context(request),
-            "title": "Push to connected systems",
-            "opts": self.opts,
-            "rows": [
-                (connection, connection_badge(connection, now=now), len(ids), _expected(connection, ids, now=now))
-                for connection in connections
-                for ids in [chosen[connection.organization_id]]
-            ],
-            "left_out": queryset.count() - total,
-            "total": total,
-            "selected": request.POST.getlist(ACTION_CHECKBOX_NAME),
-            "select_across": request.POST.get("select_across", "0"),
-            "checkbox": ACTION_CHECKBOX_NAME,
-        }
-        return TemplateResponse(request, "connectors/push_selected.html", context)
-
-    def _request(
-        self, request: HttpRequest, connections: Sequence[Connection], chosen: dict[int, list[UUID]]
-    ) -> HttpResponse | None:
-        if not connections:
-            self.message_user(request, "No system was chosen. Nothing is sent.", messages.WARNING)
-            return None
-        made = [
-            request_push(
-                connection=connection, actor=actor_of(request), customer_ids=chosen[connection.organization_id]
-            )
-            for connection in connections
-        ]
-        for run in made:
-            clean = f"{run.unchanged} already up to date"
-            text = f"{run.connection}: {run.planned} customers, {clean}. Run {run.public_id}."
-            self.message_user(request, text, messages.SUCCESS)
-        if not request.user.has_perm("connectors.view_syncrun"):
-            return None
-        if len(made) == 1:
-            return HttpResponseRedirect(reverse("admin:connectors_syncrun_change", args=[made[0].pk]))
-        return HttpResponseRedirect(reverse("admin:connectors_syncrun_changelist"))
-
-
-def _expected(connection: Connection, ids: Collection[UUID], *, now: datetime) -> str:
-    """What pushing these customers there comes down to, as far as the links tell."""
-    rows = (
-        CustomerLink.objects.filter(connection=connection, customer__in=ids, is_duplicate=False)
-        .annotate(shown_state=status_column(now=now))
-        .order_by()
-        .values_list("shown_state")
-        .annotate(Count("pk"))
-    )
-    counts = dict(rows)
-    parts = [f"{len(ids) - sum(counts.values())} new there"]
-    parts += [f"{number} {STATUSES[key].word.lower()}" for key, number in counts.items()]
-    return ", ".join(parts)

@@ -10,10 +10,12 @@ from django.http import HttpRequest, HttpResponse
 from django.utils import timezone
 
 from connectors.admin.badges import ConnectionFilter, link_badge, status_column
+from connectors.admin.needs import kind_of
+from connectors.admin.resolving import ResolvePages
 from connectors.models import CustomerLink
 from connectors.states import STATUSES
 from customers import jsontext
-from customers.admin import MOMENT, ReadOnlyAdmin, link_to
+from customers.admin import MOMENT, link_to
 from customers.ids import parse_public_id
 from customers.normalize import email_key, name_key
 
@@ -38,7 +40,7 @@ class LinkStateFilter(admin.SimpleListFilter):
 
 
 @admin.register(CustomerLink)
-class CustomerLinkAdmin(ReadOnlyAdmin):
+class CustomerLinkAdmin(ResolvePages):
     organization_path = "connection__organization"
     change_form_template = "connectors/link.html"
     list_display = ["customer_name", "connection", "status", "remote_id", "versions", "synced", "error"]
@@ -94,6 +96,7 @@ class CustomerLinkAdmin(ReadOnlyAdmin):
                 "title": f"{obj.customer.name} in {obj.connection}",
                 "badge": link_badge(obj.status_key(now=now)),
                 "sentence": obj.sentence(now=now),
+                "waits_for_somebody": kind_of(obj) and not obj.connection.calls_us,
                 "customer_link": link_to("admin:customers_customer_change", obj.customer_id, text=obj.customer.name),
                 "connection_link": link_to(
                     "admin:connectors_connection_change", obj.connection_id, text=obj.connection.name

@@ -34,7 +34,7 @@ from connectors.inbound.fields import Text, well_formed
 from connectors.inbound.mirror import Mirror, read_query
 from connectors.models import Connection, CustomerLink
 from connectors.outbound import Session
-from connectors.provider import Capabilities, Outgoing, Page, Provider, Record
+from connectors.provider import ALWAYS, Capabilities, Outgoing, Page, Provider, Record
 from connectors.sealing import Secret
 from connectors.sync.receive import receive
 from customers.ids import parse_public_id
@@ -382,6 +382,7 @@ class Links(Provider):
     documentation = "https://docs.thelinks.ai"
     base_url = "https://dev-backend.thelinks.ai/api/v1"
     fields = frozenset({"name", "email", "phone", *ADDRESSES})
+    required: ClassVar = {"email": ALWAYS, "name": ALWAYS}
     urls: ClassVar = (
         re_path(r"^api/v1/unified/customer/?$", UnifiedCustomers.as_view({"post": "create"})),
         re_path(

@@ -84,6 +84,7 @@ def _link_new(organization: Organization, created: Sequence[Changed], actor: Act
         organization=organization,
         direction__in=Connection.PUSHING,
         create_policy=Connection.CreatePolicy.AUTOMATIC,
+        opened_at__isnull=False,
     )
     if actor.kind == CustomerChange.Actor.CONNECTION:
         connections = connections.exclude(pk=actor.id)

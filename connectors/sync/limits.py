@@ -109,6 +109,11 @@ def limited(connection: Connection) -> bool:
     return connection.rate is not None or connection.day_limit is not None
 
 
+def calls_left(*, connection: Connection, now: datetime) -> float | None:
+    """How many calls are in the bucket now; None without a rate. Reads the object, asks the database nothing."""
+    return None if connection.rate is None else _left(connection, now)[0]
+
+
 def give_back(*, connection: Connection, calls: int, now: datetime) -> None:
     """Put calls that were reserved and not made into the bucket again, and into the day."""
     if not limited(connection) or calls <= 0:

@@ -527,7 +527,7 @@ def _keep(part: Slice, token: str, answered: Sequence[Sending]) -> list[Sending]
 def _call(part: Slice, session: Session, batch: _Batch) -> None:
     """Make one call and lay each answer beside its record; whatever happens, each record has one."""
     try:
-        _answer(part.provider, session, part.connection, batch.sendings)
+        call(part.provider, session, part.connection, batch.sendings)
     except ConnectorError as error:
         batch.error = error
     except Exception as error:  # a fault in a provider's code parks these records and spares the others
@@ -538,7 +538,8 @@ def _call(part: Slice, session: Session, batch: _Batch) -> None:
             one.answer = batch.error
 
 
-def _answer(provider: Provider, session: Session, connection: Connection, batch: Sequence[Sending]) -> None:
+def call(provider: Provider, session: Session, connection: Connection, batch: Sequence[Sending]) -> None:
+    """Make the one call that these sendings of one step are, and keep the answers. Raises ConnectorError."""
     first = batch[0]
     if first.step in (Step.CREATE, Step.UPDATE):
         outgoing = [one.outgoing for one in batch]

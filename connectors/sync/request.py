@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from datetime import datetime
 from uuid import UUID
 
@@ -31,6 +31,7 @@ def request(
     since: datetime | None = None,
     limit: int | None = None,
     urgent: bool = False,
+    uids: Mapping[UUID, UUID] | None = None,
     now: datetime | None = None,
 ) -> SyncRun:
     """Ask for these customers (None: all of the organization that are not archived) to be in that system, now.
@@ -38,7 +39,7 @@ def request(
     Links that are missing are made. Links that are in sync are counted as unchanged at once; the others become due,
     also those that were rejected. The run ends when each has an outcome. Uncertain and conflicting links are left to
     their rules and count as uncertain; what was deleted there is not made again and counts as refused. `urgent` ones go
-    before the others.
+    before the others. `uids` are marks that new links of these customers are to have, where nobody else has them.
     """
     now = now or database_clock()
     customers = Customer.objects.filter(organization_id=connection.organization_id, archived_at=None, merged_into=None)
@@ -48,7 +49,7 @@ def request(
         customers = customers.filter(updated_at__gte=since)
     if limit is not None:
         customers = customers.filter(pk__in=customers.order_by("pk").values("pk")[:limit])
-    _link_missing(connection, customers, now)
+    _link_missing(connection, customers, now, uids or {})
     links = CustomerLink.objects.filter(
         connection=connection, customer__in=customers, is_duplicate=False, deleted_at=None
     )
@@ -66,7 +67,8 @@ def request(
             actor=actor,
             at=now,
             state=SyncRun.State.QUEUED,
-            request={"customers": "chosen" if customer_ids is not None else "all"},
+            # `linked_at` tells which links were made for this run: `cancel` takes back those that were never sent.
+            request={"customers": "chosen" if customer_ids is not None else "all", "linked_at": now.isoformat()},
         )
         runs.release(links=links.filter(dirty).exclude(waits), at=now)
         asked = (
@@ -101,7 +103,12 @@ def request(
     return run
 
 
-def _link_missing(connection: Connection, customers: QuerySet[Customer], now: datetime) -> None:
+def _link_missing(
+    connection: Connection, customers: QuerySet[Customer], now: datetime, uids: Mapping[UUID, UUID]
+) -> None:
+    if uids:
+        taken = set(CustomerLink.objects.filter(uid__in=uids.values()).values_list("uid", flat=True))
+        uids = {pk: uid for pk, uid in uids.items() if uid not in taken}
     linked = CustomerLink.objects.filter(connection=connection, customer=OuterRef("pk"), is_duplicate=False)
     leading = CustomerLink.objects.filter(customer=OuterRef("pk"), is_primary=True)
     missing = (
@@ -123,7 +130,7 @@ def _link_missing(connection: Connection, customers: QuerySet[Customer], now: da
             bulk.insert(
                 [
                     CustomerLink(
-                        uid=uuid7(),
+                        uid=uids.get(pk) or uuid7(),
                         customer_id=pk,
                         connection=connection,
                         needed_version=version,

@@ -5,7 +5,7 @@ who decided what; where something is to be sent, the run follows it to its outco
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
@@ -29,10 +29,20 @@ from connectors.sync.steps import SKIPPED, UPDATED, Slice
 from connectors.sync.sweep import link_found, reader
 from customers import editing
 from customers.editing import Actor, InvalidCustomer
+from customers.ids import uuid7
 from customers.models import Customer
 from customers.normalize import email_key, name_key
 
 HERE, THERE = "here", "there"
+# Fields that are taken from one side together.
+_GROUPS: Mapping[str, Sequence[str]] = {
+    name: group
+    for group in (
+        ("name", "first_name", "last_name"),
+        *(tuple(f"{prefix}_{part}" for part in editing.ADDRESS) for prefix in ("address", "shipping_address")),
+    )
+    for name in group
+}
 # States that `release` ends. The others ask a person for more than "try again".
 RELEASED = (LinkState.REJECTED, LinkState.CONFLICT)
 # What makes a link's next try its first.
@@ -239,8 +249,188 @@ def _take_over(
             locked=customers,
         )
     except InvalidCustomer as error:
-        words = " ".join(text for fields in error.errors.values() for texts in fields.values() for text in texts)
-        raise WrongState(f"The value from {link.connection} cannot be taken over. {words}") from error
+        raise WrongState(f"The value from {link.connection} cannot be taken over. {_words(error)}") from error
+
+
+# A record that is there already
+
+
+@dataclass(frozen=True, kw_only=True)
+class Joined:
+    """One field of a customer and a record that are to be one: both values, and the one that each side's rule keeps."""
+
+    name: str
+    here: Any
+    there: Any
+    keeps: Mapping[str, Any]
+
+    @property
+    def differs(self) -> bool:
+        return not same(self.here, self.there)
+
+
+def joined(*, customer: Customer, record: Record, provider: Provider) -> list[Joined]:
+    """What `link_existing` would make of each field that the record names.
+
+    Fields that make sense only together, such as the parts of an address, come from one side; the other side's are
+    kept where the preferred one has none at all, so that linking empties nothing.
+    """
+    named = [name for name in editing.EDITABLE if name in provider.fields and name in record.values]
+    here = {name: getattr(customer, name) for name in named}
+    there = {name: "" if record.values[name] is None else record.values[name] for name in named}
+    rows = []
+    for name in named:
+        group = [other for other in _GROUPS.get(name, (name,)) if other in here]
+        keeps = {}
+        for side, first, second in ((HERE, here, there), (THERE, there, here)):
+            filled = any(first[other] not in ("", None, {}) for other in group)
+            keeps[side] = (first if filled else second)[name]
+        if same(here[name], there[name]) or same(there[name], provider.normalise(name, here[name])):
+            keeps = {HERE: here[name], THERE: here[name]}
+        rows.append(Joined(name=name, here=here[name], there=there[name], keeps=keeps))
+    return rows
+
+
+def link_existing(
+    *,
+    customer: Customer,
+    connection: Connection,
+    provider: Provider,
+    record: Record,
+    side: str,
+    actor: Actor,
+    expected: int | None = None,
+    at: datetime | None = None,
+) -> SyncRun:
+    """Link a customer to a record that is there already, which has just been read, instead of creating one.
+
+    Where the two differ, the hub takes over the values from "there", or sends its own from "here", as `joined` says;
+    what the hub is to send follows as an update. `expected` is the customer's version that was looked at. Raises
+    WrongState, also for a record that is linked to another customer, StaleVersion.
+    """
+    if side not in (HERE, THERE):
+        raise ValueError(f"a side is {HERE!r} or {THERE!r}, not {side!r}")
+    at = at or database_clock()
+    return start_over(
+        lambda: _link_existing(customer.pk, connection, provider, record, side, actor, expected=expected, at=at)
+    )
+
+
+def _link_existing(
+    customer_id: UUID,
+    connection: Connection,
+    provider: Provider,
+    record: Record,
+    side: str,
+    actor: Actor,
+    *,
+    expected: int | None,
+    at: datetime,
+) -> SyncRun:
+    remote_id = record.remote_id or ""
+    if not 0 < len(remote_id) <= REMOTE_ID_LENGTH:
+        raise WrongState(f"Give the record's id in {connection}, of at most {REMOTE_ID_LENGTH} characters.")
+    if record.deleted:
+        raise WrongState(f"Record {remote_id} is deleted in {connection}.")
+    if connection.calls_us:
+        raise WrongState(f"{connection} calls the hub: it links its records itself.")
+    # Customers are locked before links, everywhere.
+    locked = editing.lock(organization=connection.organization, ids=[customer_id])
+    customer = locked[customer_id]
+    if customer.pk != customer_id or customer.archived_at:
+        raise WrongState(f"{customer} is archived or merged. Restore the customer first.")
+    if expected is not None and customer.version != expected:
+        raise editing.StaleVersion([customer])
+    rows = CustomerLink.objects.filter(connection=connection)
+    other = rows.filter(remote_id=remote_id).exclude(customer=customer).select_related("customer").first()
+    if other is not None:
+        raise WrongState(
+            f"Record {remote_id} is linked to {other.customer} ({other.customer.public_id}). "
+            "Choose another, or merge the customers."
+        )
+    link = _free_link(customer, connection, at)
+    if rows.filter(remote_id=remote_id).exclude(pk=link.pk).exists():
+        raise WrongState(f"{customer} is linked to record {remote_id} in {connection} already.")
+    link.connection = connection
+    rows_joined = joined(customer=customer, record=record, provider=provider)
+    taken = {row.name: row.keeps[side] for row in rows_joined if not same(row.keeps[side], row.here)}
+    if taken:
+        customer = _take_over_all(customer, connection, taken, remote_id, actor, at, locked)
+        if not link._state.adding:
+            link.refresh_from_db(fields=["needed_version"])
+    link.customer = customer
+    link.remote_id, link.remote_data, link.remote_revision = remote_id, dict(record.document), record.revision
+    link.remote_created_at = record.created_at
+    link.base_remote = {row.name: row.there for row in rows_joined}
+    # As after any reading: the base says what is there, so what differs from it goes out.
+    link.base_local = {
+        row.name: row.here if same(row.there, provider.normalise(row.name, row.here)) else row.there
+        for row in rows_joined
+    }
+    link.conflicts, link.error, link.error_field = {}, "", ""
+    for name, value in AS_NEW.items():
+        setattr(link, name, value)
+    link.sync_seq += 1
+    link.synced_at = link.updated_at = at
+    link.needed_version = link.pushed_version = customer.version
+    link.next_attempt_at = None
+    link.save()
+    differs = any(not same(getattr(customer, name), link.base_local.get(name)) for name in provider.fields)
+    if differs and connection.pushes:
+        return _send(link, "link_existing", actor, due=at, at=at)
+    runs.release(links=CustomerLink.objects.filter(pk=link.pk), at=at)
+    link.run = None
+    return _decided(link, "link_existing", actor, UPDATED, at)
+
+
+def _free_link(customer: Customer, connection: Connection, at: datetime) -> CustomerLink:
+    """The customer's link there, locked, or a new one that is yet to be stored. Raises WrongState unless it is free."""
+    held = CustomerLink.objects.filter(connection=connection, customer=customer, is_duplicate=False).first()
+    if held is None:
+        leads = not CustomerLink.objects.filter(customer=customer, is_primary=True).exists()
+        return CustomerLink(
+            uid=uuid7(),
+            customer=customer,
+            connection=connection,
+            is_primary=leads,
+            created_at=at,
+            updated_at=at,
+        )
+    link = _locked(held, at)
+    if link.deleted_at is not None:
+        deletes.detach(link)
+        link.is_active = True
+    if link.remote_id is not None:
+        raise WrongState(f"{customer} is linked to record {link.remote_id} in {connection} already.")
+    if unanswered([link]):
+        raise WrongState(
+            f"The answer to a create of {customer} in {connection} is missing. Say whether this is the record that "
+            "it made."
+        )
+    return link
+
+
+def _take_over_all(
+    customer: Customer,
+    connection: Connection,
+    values: Mapping[str, Any],
+    remote_id: str,
+    actor: Actor,
+    at: datetime,
+    locked: Mapping[UUID, Customer],
+) -> Customer:
+    why = replace(actor, message=actor.message or f"Linked to {remote_id} in {connection}.")
+    try:
+        edits = editing.update(
+            organization=connection.organization, values={customer.pk: values}, actor=why, at=at, locked=locked
+        )
+    except InvalidCustomer as error:
+        raise WrongState(f"The record in {connection} cannot be taken over. {_words(error)}") from error
+    return edits[customer.pk].customer
+
+
+def _words(error: InvalidCustomer) -> str:
+    return " ".join(text for fields in error.errors.values() for texts in fields.values() for text in texts)
 
 
 # A record that was deleted there
@@ -270,6 +460,20 @@ def unlink(*, link: CustomerLink, actor: Actor, at: datetime | None = None) -> S
     link.tombstone = {**link.tombstone, "unlinked": {"by": actor.name, "at": at.isoformat()}}
     link.is_active = False
     return _decided(link, "unlink", actor, UPDATED, at)
+
+
+# A second record of a customer
+
+
+@transaction.atomic
+def keep_both(*, link: CustomerLink, actor: Actor, at: datetime | None = None) -> SyncRun:
+    """Leave a second record of a customer as it is: nobody is asked about it again. Raises WrongState."""
+    at = at or database_clock()
+    link = _locked(link, at)
+    if not link.is_duplicate:
+        raise WrongState(f"This is the record of {link.customer} in {link.connection} that is sent to.")
+    link.is_active = False
+    return _decided(link, "keep_both", actor, UPDATED, at)
 
 
 # What was refused, or kept failing

@@ -27,6 +27,7 @@ def start(
     state: str = SyncRun.State.RUNNING,
     request: Mapping[str, Any] | None = None,
 ) -> SyncRun:
+    said = {"message": actor.message} if actor.message else {}
     return SyncRun.objects.create(
         public_id=SyncRun.new_public_id(),
         organization=organization,
@@ -38,7 +39,7 @@ def start(
         actor_name=actor.name,
         request_id=actor.request_id,
         planned=planned,
-        request=dict(request or {}),
+        request={**(request or {}), **said},
         started_at=at if state == SyncRun.State.RUNNING else None,
     )
 
@@ -65,12 +66,15 @@ def verdict(run: SyncRun, *, error: str = "") -> str:
 
 
 def finish(*, run: SyncRun, at: datetime, error: str = "") -> SyncRun:
-    """End a run with what its totals say; what was planned and has no outcome counts as skipped."""
+    """End a run with what its totals say; what was planned and has no outcome counts as skipped. One that was
+    cancelled stays so.
+    """
     run.refresh_from_db()
     run.planned = max(run.planned, run.total)
     run.skipped += run.planned - run.total
-    run.state = verdict(run, error=error)
-    run.error = error[:500]
+    if run.state != SyncRun.State.CANCELLED:
+        run.state = verdict(run, error=error)
+        run.error = error[:500]
     run.finished_at = at
     run.save(update_fields=["planned", "skipped", "state", "error", "finished_at", "updated_at"])
     return run

@@ -40,6 +40,7 @@ LOOK = (
     *("connectors.view_syncrun", "connectors.view_apikey"),
 )
 PUSH = "connectors.push_customerlink"
+SECOND = timedelta(seconds=1)
 
 
 class Far:
@@ -468,6 +469,7 @@ def test_the_status_in_the_database_is_the_status_on_the_page(
         for direction in ("push", "calls_us")
         for state in Connection.State.values
     ]
+    connections.append(connect("links", name="Slow", account="slow", direction="push", not_before=now + 9 * SECOND))
     link_fields = [
         {
             "state": state,
@@ -475,12 +477,16 @@ def test_the_status_in_the_database_is_the_status_on_the_page(
             "lease_until": lease,
             "is_duplicate": duplicate,
             "deleted_at": deleted,
+            "conflicts": conflicts,
+            "next_attempt_at": due,
         }
         for state in LinkState.values
         for needed in (0, 1)
         for lease in (None, now - timedelta(seconds=9), now + timedelta(seconds=9))
         for duplicate in (False, True)
         for deleted in (None, now)
+        for conflicts in ({}, {"phone": {"base": "1", "here": "2", "there": "3"}})
+        for due in (None, now)
     ]
     names = [{"name": str(n)} for n in range(len(link_fields))]
     customers = editing.create(organization=organization, values=names, actor=COMMAND)

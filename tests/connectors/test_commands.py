@@ -644,7 +644,7 @@ def test_export_leaves_out_the_archived_the_merged_and_other_organizations(
 
 
 def test_export_pages_through_everything(organization: Organization, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("connectors.management.commands.export_customers.PAGE_ROWS", 3)
+    monkeypatch.setattr("connectors.sync.exporting.PAGE_ROWS", 3)
     some(organization, *(f"Example {n}" for n in range(10)))
     out = run("export_customers", "--organization=demo").out
     assert sorted(row["name"] for row in csv.DictReader(io.StringIO(out))) == [f"Example {n}" for n in range(10)]

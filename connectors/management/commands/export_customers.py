@@ -10,7 +10,6 @@ from typing import Any
 
 import orjson
 from django.core.management.base import CommandError, CommandParser
-from django.db.models import Q, QuerySet
 
 from connectors.management.cli import (
     EXIT_CODES,
@@ -24,11 +23,9 @@ from connectors.management.cli import (
     positive,
     stopping,
 )
-from connectors.models import Connection, CustomerLink
+from connectors.sync.exporting import custom_names, external_ids, pages
 from customers import tabular
 from customers.models import Customer
-
-PAGE_ROWS = 1000
 
 Writer = tabular.CsvWriter | tabular.XlsxWriter
 
@@ -75,12 +72,12 @@ the import takes away. --raw writes them as they are: for machines only, never t
         rows = 0
         with stopping(self.say, "Stopping. Press Ctrl-C again to stop at once.") as stop:
             columns = tabular.columns_for(
-                custom=_custom_names(customers, options["limit"]), external_id=connection is not None
+                custom=custom_names(customers, options["limit"]), external_id=connection is not None
             )
             with self._writer(output, kind) as writer, Progress(self, "export", options["limit"] or 0) as progress:
                 writer.write(columns)
-                for page in _pages(customers, options["limit"]):
-                    ids = _external_ids(page, connection)
+                for page in pages(customers, options["limit"]):
+                    ids = external_ids(page, connection)
                     for customer in page:
                         cells = tabular.cells_of(
                             customer, columns, external_id=ids.get(customer.pk, ""), raw=options["raw"]
@@ -151,36 +148,3 @@ class _Stdout:
 
     def write(self, text: str) -> None:
         self.command.stdout.write(text, ending="")
-
-
-def _pages(customers: QuerySet[Customer], limit: int | None) -> Iterator[list[Customer]]:
-    """Keyset pages: each costs what it holds, however far in it is."""
-    left = limit
-    last = None
-    while left is None or left > 0:
-        rows = customers.filter(Q(pk__gt=last) if last else Q()).order_by("pk")
-        page = list(rows[: PAGE_ROWS if left is None else min(PAGE_ROWS, left)])
-        if not page:
-            return
-        yield page
-        last = page[-1].pk
-        left = None if left is None else left - len(page)
-
-
-def _custom_names(customers: QuerySet[Customer], limit: int | None) -> list[str]:
-    """The names of the custom fields that these customers have."""
-    names: set[str] = set()
-    for page in _pages(customers.only("pk", "custom_fields"), limit):
-        for customer in page:
-            names |= customer.custom_fields.keys()
-    return sorted(names)
-
-
-def _external_ids(page: list[Customer], connection: Connection | None) -> dict[Any, str]:
-    """What that system calls these customers; of a customer with two records there, the one that counts."""
-    if connection is None:
-        return {}
-    links = CustomerLink.objects.filter(
-        connection=connection, customer__in=page, is_duplicate=False, deleted_at=None, remote_id__isnull=False
-    )
-    return {customer_id: remote_id or "" for customer_id, remote_id in links.values_list("customer_id", "remote_id")}

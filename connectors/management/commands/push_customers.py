@@ -11,7 +11,7 @@ from django.core.management.base import CommandParser
 from django.db.models import Max, Min
 from django.utils import timezone
 
-from connectors.exceptions import ConnectionUnusable, Rejected
+from connectors.exceptions import ConnectionUnusable
 from connectors.management.cli import (
     ConnectionCommand,
     Exit,
@@ -28,11 +28,10 @@ from connectors.models import Connection, CustomerLink, SyncRun
 from connectors.outbound import Session
 from connectors.provider import Provider
 from connectors.providers import PROVIDERS
-from connectors.states import WAITING, LinkState
-from connectors.sync.plan import changed_values
+from connectors.states import LinkState
+from connectors.sync.forecast import expected
 from connectors.sync.push import push as push_due
 from connectors.sync.request import request
-from customers.ids import uuid7
 from customers.models import Customer
 
 PAGE_ROWS = 500
@@ -189,28 +188,15 @@ def would_be(
     customer: Customer, link: CustomerLink | None, connection: Connection, provider: Provider, outcome: Outcome
 ) -> tuple[str, str]:
     """The outcome that this customer would have, and a line that shows it."""
-    if link is not None and not link.is_dirty:
-        return "unchanged", ""
-    if link is not None and link.state in WAITING:
-        return "uncertain", ""
-    known = link is not None and bool(link.remote_id)
-    moved = changed_values(link, customer, provider.fields) if link is not None and known else {}
-    if known and not moved:
-        return "unchanged", ""
-    try:
-        provider.document(
-            customer,
-            connection=connection,
-            uid=link.uid if link is not None else uuid7(),
-            fields=frozenset(moved) if known else None,
-        )
-    except Rejected as error:
-        outcome.problems["refused", error.field, error.message] += 1
-        return "refused", ""
-    if link is None or not known:
-        return "created", f"would create {customer.name}"
-    steps = ", ".join(f"{name} {link.base_local.get(name)!r} -> {value!r}" for name, value in moved.items())
-    return "updated", f"would update {customer.name}: {steps}"
+    one = expected(customer, link, connection, provider)
+    if one.error is not None:
+        outcome.problems["refused", one.error.field, one.error.message] += 1
+    if one.outcome == "created":
+        return one.outcome, f"would create {customer.name}"
+    if one.outcome == "updated" and link is not None:
+        steps = ", ".join(f"{name} {link.base_local.get(name)!r} -> {new!r}" for name, (_, new) in one.fields.items())
+        return one.outcome, f"would update {customer.name}: {steps}"
+    return one.outcome, ""
 
 
 class Command(ConnectionCommand):

@@ -14,7 +14,7 @@ from rest_framework import serializers
 from connectors.exceptions import ConnectionUnusable, Gone, OutcomeUnknown, Rejected, RetryLater
 from connectors.models import Connection
 from connectors.outbound import Session, raise_for_answer
-from connectors.provider import Capabilities, Outgoing, Page, Provider, Record, uuid_of
+from connectors.provider import ALWAYS, Capabilities, Outgoing, Page, Provider, Record, uuid_of
 from connectors.providers.commenda.api import Customers
 from connectors.providers.commenda.wire import ANSWERED, DOCUMENTATION, PARTS, SHIPPING, SPELLINGS, fields_of
 from connectors.sealing import Secret
@@ -44,6 +44,7 @@ class Commenda(Provider):
         )
     }
     fields = frozenset({"name", "email", *SHIPPING})
+    required: ClassVar = {"name": ALWAYS, "shipping_address_country": SHIPPING - {"shipping_address_country"}}
     urls: ClassVar = (
         re_path(r"^(?:api/v1/)?customers/?$", Customers.as_view({"get": "list", "post": "create"})),
         re_path(

@@ -1,0 +1,377 @@
+"""What the page of a connection tells: health, queue, limits, abilities and mapping. A constant number of queries."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+from urllib.parse import urlencode
+
+from django.db.models import Count, Max
+from django.urls import reverse
+
+from connectors.admin.badges import counts_by_status
+from connectors.exceptions import Rejected
+from connectors.models import Connection, CustomerLink
+from connectors.provider import Provider
+from connectors.states import STATUSES, LinkState
+from connectors.sync import limits
+from connectors.sync.claim import due
+from customers.editing import EDITABLE, FLAGS
+from customers.forms import label, shown
+from customers.ids import parse_public_id, uuid7
+from customers.models import Customer
+from customers.privacy import HIDDEN, PERSONAL, masked
+
+# Up to here every state of a connection's links is counted; of a larger one, what an index can count.
+COUNTED = 100_000
+# No number on the page counts further than this.
+BOUND = 10_000
+REASONS = 10
+MOMENT = "%Y-%m-%d %H:%M:%S UTC"
+# The states that wait for a person, as they are shown.
+ATTENTION = ("rejected", "uncertain", "conflict", "remote_deleted", "duplicate")
+QUEUE = ("waiting", "sending", "retrying", "rejected", "checking", *ATTENTION[1:], "in_sync")
+
+
+def number(count: int) -> str:
+    return f"{BOUND:,}+" if count > BOUND else f"{count:,}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Waits:
+    key: str
+    count: int
+    url: str
+
+    @property
+    def status(self) -> Any:
+        return STATUSES[self.key]
+
+    @property
+    def shown(self) -> str:
+        return number(self.count)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reason:
+    field: str
+    text: str
+    count: int
+    url: str
+
+
+@dataclass(kw_only=True)
+class Queue:
+    """What waits at a connection. `complete` is False where only the indexed states of a large one were counted."""
+
+    counts: list[Waits] = field(default_factory=list)
+    reasons: list[Reason] = field(default_factory=list)
+    parked: int = 0
+    oldest_due: datetime | None = None
+    complete: bool = True
+
+
+def links_url(**query: Any) -> str:
+    return f"{reverse('admin:connectors_customerlink_changelist')}?{urlencode(query)}"
+
+
+def queue(connection: Connection, *, now: datetime) -> Queue:
+    """Five queries."""
+    links = CustomerLink.objects.filter(connection=connection)
+    found = Queue(complete=links.order_by().values("pk")[: COUNTED + 1].count() <= COUNTED)
+    if found.complete:
+        counts = counts_by_status([connection.pk], now=now).get(connection.pk, {})
+    else:
+        waiting = links.filter(due(now=now)).order_by().values("pk")[: BOUND + 1].count()
+        rejected = links.filter(state=LinkState.REJECTED).order_by().values("pk")[: BOUND + 1].count()
+        counts = {"waiting": waiting, "rejected": rejected}
+    found.counts = [
+        Waits(key=key, count=counts[key], url=links_url(connection=connection.pk, shown_state=key))
+        for key in (*QUEUE, *sorted(counts.keys() - set(QUEUE)))
+        if counts.get(key)
+    ]
+    found.parked = sum(counts.get(key, 0) for key in ATTENTION)
+    refused = (
+        links.filter(state=LinkState.REJECTED)
+        .order_by()
+        .values("fingerprint")
+        .annotate(number=Count("pk"), text=Max("error"), name=Max("error_field"))
+        .order_by("-number")[:REASONS]
+    )
+    found.reasons = [
+        Reason(
+            field=label(row["name"]),
+            text=row["text"],
+            count=row["number"],
+            url=links_url(connection=connection.pk, shown_state="rejected", fingerprint=row["fingerprint"]),
+        )
+        for row in refused
+    ]
+    waits = links.filter(due(now=now)).order_by("next_attempt_at").values_list("next_attempt_at", flat=True)
+    found.oldest_due = waits[:1].first() if connection.pushes else None
+    return found
+
+
+def parked_of(counts: Mapping[str, int]) -> int:
+    return sum(counts.get(key, 0) for key in ATTENTION)
+
+
+# Limits
+
+
+def limit_facts(connection: Connection, *, now: datetime) -> list[tuple[str, str]]:
+    """Name and sentence. Asks the database nothing."""
+    facts = []
+    left = limits.calls_left(connection=connection, now=now)
+    if left is None:
+        facts.append(("Rate", "No limit is set. The hub stops when the system asks it to."))
+    else:
+        facts.append(("Rate", f"{connection.rate:g} calls a second at most; {left:.0f} may follow at once now."))
+    if connection.not_before is not None and connection.not_before > now:
+        facts.append(("Waiting", f"It asked us to wait until {connection.not_before.strftime(MOMENT)}."))
+    else:
+        facts.append(("Waiting", "Not waiting."))
+    failed = connection.breaker_calls.count("0")
+    seen = len(connection.breaker_calls)
+    if connection.breaker_until is not None and connection.breaker_trips:
+        until = connection.breaker_until.strftime(MOMENT)
+        facts.append(("Failures", f"Too many calls failed: nothing is sent until {until}, then one try."))
+    elif seen:
+        facts.append(("Failures", f"{failed} of the last {seen} calls failed."))
+    else:
+        facts.append(("Failures", "No call is remembered."))
+    if connection.ramp is not None:
+        facts.append(("After the login", "A few customers go first; then more, at a part of the rate."))
+    return facts
+
+
+# Abilities
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ability:
+    name: str
+    good: bool
+    text: str
+
+
+def abilities(provider: Provider, connection: Connection) -> Iterator[Ability]:
+    """What this account offers, and what it means where something is missing."""
+    offers = provider.capabilities(connection)
+
+    def told(name: str, good: bool, there: str, missing: str) -> Ability:
+        return Ability(name=name, good=good, text=there if good else missing)
+
+    lost = "A create whose answer is lost"
+    if offers.upsert_external_id:
+        yield Ability(name="Create", good=True, text=f"{lost} is sent again: our id makes it the same record.")
+    elif offers.create_key:
+        hours = offers.key_life / 3600
+        yield Ability(name="Create", good=True, text=f"{lost} is sent again with its key, for {hours:g} hours.")
+    elif offers.unique_keys:
+        yield Ability(name="Create", good=True, text=f"{lost} is sent again: the system refuses a second one.")
+    elif offers.look_up:
+        yield Ability(name="Create", good=True, text=f"{lost} is looked up by our mark before it is sent again.")
+    else:
+        text = f"{lost} cannot be settled by the hub: a person is asked whether the record is there."
+        yield Ability(name="Create", good=False, text=text)
+    if not offers.updates:
+        yield Ability(name="Update", good=False, text="Records cannot be changed there: edits stay in the hub.")
+    yield told(
+        "Conditional updates",
+        offers.conditional,
+        "An update is refused when somebody else has changed the record meanwhile.",
+        "An edit made there between our reading and our writing can be overwritten.",
+    )
+    yield told(
+        "Read all",
+        offers.lists,
+        "All records can be read: pulls and dry runs compare with what is there.",
+        "Records cannot be listed: the hub cannot pull, and a dry run compares with what was sent last.",
+    )
+    yield told(
+        "Read one",
+        offers.fetches,
+        "One record can be read: a comparison shows what is there now.",
+        "One record cannot be read alone.",
+    )
+    yield told(
+        "Read changes",
+        offers.incremental,
+        "A pull asks for what has changed since the last one.",
+        "Every pull reads the whole list." if offers.lists else "There is nothing to pull.",
+    )
+    yield told("Delete", offers.deletes, "A record can be deleted from here.", "Records cannot be deleted from here.")
+    seen = {
+        "flag": "Records deleted there are marked in its list.",
+        "scan": "Records deleted there are missed when the whole list is read.",
+    }
+    yield told(
+        "See deletes",
+        bool(offers.shows_deleted),
+        seen.get(offers.shows_deleted, ""),
+        "A record deleted there is noticed when the hub next sends to it.",
+    )
+    yield told(
+        "Batches",
+        offers.batch > 1,
+        f"Up to {offers.batch} new customers go in one call.",
+        "Each customer takes a call of its own.",
+    )
+
+
+# Mapping
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mapped:
+    """A field of the hub: `places` are its names there, `example` what would be sent for the chosen customer."""
+
+    field: str
+    name: str
+    places: str
+    needed: str
+    example: str
+
+
+@dataclass(kw_only=True)
+class Fields:
+    rows: list[Mapped] = field(default_factory=list)
+    refused: str = ""
+
+
+EXAMPLE: Mapping[str, Any] = {
+    "name": "Jane Doe",
+    "first_name": "Jane",
+    "last_name": "Doe",
+    "email": "jane.doe@example.com",
+    "phone": "+442079460958",
+    "address_line1": "1 Example Street",
+    "address_line2": "Floor 2",
+    "address_city": "London",
+    "address_state": "London",
+    "address_postal_code": "SW1A 1AA",
+    "address_country": "GB",
+    "shipping_address_line1": "2 Example Street",
+    "shipping_address_line2": "Floor 3",
+    "shipping_address_city": "Leeds",
+    "shipping_address_state": "Yorkshire",
+    "shipping_address_postal_code": "LS1 1AA",
+    "shipping_address_country": "GB",
+    "currency": "GBP",
+    "notify_email": True,
+    "notify_phone": True,
+    "is_active": True,
+    "custom_fields": {},
+}
+OTHER: Mapping[str, Any] = {
+    "name": "John Roe",
+    "first_name": "John",
+    "last_name": "Roe",
+    "email": "john.roe@example.com",
+    "phone": "+442079460959",
+    "address_country": "IE",
+    "shipping_address_country": "IE",
+    "currency": "EUR",
+    "custom_fields": {"example": "value"},
+}
+_ABSENT = object()
+
+
+def mapping(provider: Provider, connection: Connection, *, example: Customer | None, sees: bool) -> Fields:
+    """Which field goes where, found out by asking the connector for documents that differ in one field.
+
+    `example` is a stored customer to show; its values are masked for who does not see them.
+    """
+    found = Fields()
+    uid = uuid7()
+
+    def document(customer: Customer) -> dict[str, Any]:
+        return provider.document(customer, connection=connection, uid=uid, fields=None)
+
+    known = Customer(id=uuid7(), organization=connection.organization, **EXAMPLE)
+    try:
+        base = _flat(document(known))
+    except Rejected as error:
+        found.refused = error.message
+        return found
+    sent: dict[str, Any] = {}
+    if example is not None:
+        try:
+            sent = _flat(document(example))
+        except Rejected as error:
+            named = f"{label(error.field)}: " if error.field else ""
+            found.refused = f"{example.name} would be refused. {named}{error.message}"
+    places = {name: _places(document, known, name, base) for name in EDITABLE if name in provider.fields}
+    # Something that is made of several fields is hidden when one of them is personal.
+    personal = {place for name in PERSONAL & places.keys() for place in places[name]}
+
+    def told(name: str, place: str) -> str:
+        value = sent[place]
+        if not sees and place in personal:
+            value = masked(name, value) if name in PERSONAL else HIDDEN
+        return f"{place} = {shown(value)}"
+
+    for name, there in places.items():
+        found.rows.append(
+            Mapped(
+                field=name,
+                name=label(name),
+                places=", ".join(there) or "–",
+                needed=_needed(document, known, name),
+                example="; ".join(told(name, place) for place in there if place in sent) or "–",
+            )
+        )
+    return found
+
+
+def _places(document: Any, known: Customer, name: str, base: Mapping[str, Any]) -> list[str]:
+    other = copy.copy(known)
+    before = getattr(known, name)
+    setattr(other, name, (not before) if name in FLAGS else OTHER.get(name, f"{before} B"))
+    try:
+        after = _flat(document(other))
+    except Rejected:
+        return []
+    changed = (place for place in {**base, **after} if base.get(place, _ABSENT) != after.get(place, _ABSENT))
+    return list(dict.fromkeys(changed))
+
+
+def _needed(document: Any, known: Customer, name: str) -> str:
+    """What the connector says when the field is empty; "" where it may be."""
+    if name in FLAGS:
+        return ""
+    bare = copy.copy(known)
+    setattr(bare, name, {} if name == "custom_fields" else "")
+    try:
+        document(bare)
+    except Rejected as error:
+        return error.message
+    return ""
+
+
+def _flat(document: Any, place: str = "") -> dict[str, Any]:
+    """The leaves of a document by their dotted names; items of a list share one name."""
+    if isinstance(document, Mapping):
+        leaves: dict[str, Any] = {}
+        for name, value in document.items():
+            leaves |= _flat(value, f"{place}.{name}" if place else str(name))
+        return leaves
+    if isinstance(document, list):
+        leaves = {}
+        for item in document:
+            leaves |= {name: value for name, value in _flat(item, f"{place}[]").items() if name not in leaves}
+        return leaves
+    return {place: document}
+
+
+def example_of(connection: Connection, chosen: str) -> Customer | None:
+    """The customer to show: the one that was asked for, else the one changed last. One query."""
+    rows = Customer.objects.filter(organization=connection.organization_id, merged_into=None)
+    wanted = parse_public_id("cust", chosen.strip()) if chosen else None
+    if chosen:
+        return rows.filter(pk=wanted).first() if wanted else None
+    return rows.filter(archived_at=None).order_by("-updated_at", "-id").first()
