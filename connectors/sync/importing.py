@@ -323,7 +323,10 @@ def carry_out(
     """
     file = ImportFile.objects.select_related("organization", "connection").filter(run=run).first()
     if file is None:
-        runs.finish(run=run, at=clock(), error="The file is not kept any more.")
+        with transaction.atomic():
+            mine = SyncRun.objects.select_for_update().get(pk=run.pk)
+            if mine.finished_at is None:
+                runs.finish(run=mine, at=clock(), error="The file is not kept any more.")
         return
     actor = Actor(
         kind=run.actor_kind,
