@@ -295,9 +295,7 @@ def preview(file: ImportFile, *, actor: Actor) -> Preview:
 @transaction.atomic
 def accept(file: ImportFile, *, actor: Actor, planned: int, at: datetime | None = None) -> SyncRun:
     """Have a worker take the file in. Pressed twice, it is still one run."""
-    file = (
-        ImportFile.objects.select_for_update(of=()).select_related("organization", "connection", "run").get(pk=file.pk)
-    )
+    file = ImportFile.objects.select_for_update().get(pk=file.pk)
     if file.run is not None:
         return file.run
     file.run = runs.start(
