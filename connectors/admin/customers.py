@@ -49,6 +49,7 @@ PRESS_SECONDS = 20.0
 MAX_CHOSEN = 10_000
 LEVELS = {"success": messages.SUCCESS, "warning": messages.WARNING, "danger": messages.ERROR}
 # A link in one of these states waits for a person's decision.
+RESOLVE = "admin:connectors_customerlink_resolve"
 ASKS = ("conflict", "uncertain", "remote_deleted", "duplicate")
 BULKY = ("remote_data", "base_local", "base_remote")
 
@@ -139,7 +140,7 @@ class System:
         if self.link is None or self.key not in ASKS:
             return ""
         try:
-            return reverse("admin:connectors_customerlink_resolve", args=[self.link.pk])
+            return reverse(RESOLVE, args=[self.link.pk])
         except NoReverseMatch:
             return ""
 
@@ -209,6 +210,8 @@ def hints(
 ) -> dict[str, list[tuple[str, str, bool]]]:
     """What to say beside each field: (icon, words, whether it needs attention)."""
     said: dict[str, list[tuple[str, str, bool]]] = {}
+    demanding: dict[str, list[str]] = {}
+    lacking: dict[str, list[str]] = {}
     for system in systems:
         provider = PROVIDERS.get(system.connection.provider)
         if provider is None:
@@ -217,13 +220,17 @@ def hints(
         if system.connection.pushes and not (system.link and (system.link.is_duplicate or system.link.deleted_at)):
             for needed, others in provider.required.items():
                 if needed in system.missing:
-                    text = f"Needed by {name}: it is not sent there while this is empty."
-                    said.setdefault(needed, []).append(("⚠", text, True))
-                elif not others:
-                    said.setdefault(needed, []).append(("", f"Needed by {name}.", False))
+                    lacking.setdefault(needed, []).append(name)
+                elif not others and needed != "name":  # which the hub itself demands
+                    demanding.setdefault(needed, []).append(name)
         for one in system.differs:
             icon = "⇄" if one.why == "in conflict" else "≠"
             said.setdefault(one.name, []).append((icon, f"{name}: {told(one.name, one.there)} ({one.why})", False))
+    for needed, names in demanding.items():
+        said.setdefault(needed, []).append(("", f"Needed by {', '.join(names)}.", False))
+    for needed, names in lacking.items():
+        text = f"Needed by {', '.join(names)}: the customer is not sent there while this is empty."
+        said.setdefault(needed, []).append(("⚠", text, True))
     return {name: lines for name, lines in said.items() if name in fields}
 
 
