@@ -371,7 +371,7 @@ class LinkedCustomerAdmin(LinkAdmin):
         form = context["adminform"].form
         if obj is None:
             own = Connection.objects.filter(organization__in=organizations(request), direction__in=Connection.PUSHING)
-            put_hints(form, [_system(Customer(), one, None, timezone.now()) for one in own], told=lambda *_: "")
+            put_hints(form, [_system(form.instance, one, None, timezone.now()) for one in own], told=lambda *_: "")
         elif not getattr(form, "stale", None):
             self._add_systems(request, context, obj)
         return super().render_change_form(request, context, add, change, form_url, obj)
