@@ -9,7 +9,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
 from uuid import UUID
 
 from django.core import signing
@@ -51,6 +50,7 @@ WORDS: Mapping[Will, tuple[str, str]] = {
     Will.CONFLICT: ("⇄", "conflict: changed on both sides. It waits until somebody decides"),
     Will.TAKEN: ("⇠", "is taken into the hub: changed there alone"),
     Will.STAYS: ("–", "stays as it is there: the hub has not changed it"),
+    Will.EMPTY: ("–", "empty"),
     Will.UNKNOWN: ("?", "cannot tell what is there"),
     Will.NOT_MAPPED: ("–", "not mapped"),
 }
@@ -125,11 +125,7 @@ def read_record(
     return Read(at=now, record=record, elapsed=elapsed)
 
 
-def shown_there(value: Any) -> str:
-    return "not known" if value is UNKNOWN else shown(value)
-
-
-def _line(row: Row, connection: Connection, *, open_: bool) -> Line:
+def _line(row: Row, connection: Connection, *, open_: bool, creates: bool) -> Line:
     icon, words = WORDS[row.will]
     hidden = not open_ and row.name in PERSONAL
     there = row.there if row.there is UNKNOWN or open_ else masked(row.name, row.there)
@@ -137,7 +133,7 @@ def _line(row: Row, connection: Connection, *, open_: bool) -> Line:
     return Line(
         title=label(row.name),
         here=shown(row.here if open_ else masked(row.name, row.here)),
-        there=shown_there(there),
+        there=("–" if creates else "not known") if there is UNKNOWN else shown(there),
         icon=icon,
         words=words.format(system=connection.name),
         sent_as=", ".join(sent),
@@ -218,7 +214,11 @@ def _compared(
         link=link,
         badge=link_badge(key),
         sentence=told(sentence),
-        lines=[_line(row, connection, open_=open_) for row in made.rows if row.will is not Will.NOT_MAPPED],
+        lines=[
+            _line(row, connection, open_=open_, creates=made.creates)
+            for row in made.rows
+            if row.will is not Will.NOT_MAPPED
+        ],
         unmapped=[label(row.name) for row in made.rows if row.will is Will.NOT_MAPPED],
         requests=[_request(request, open_) for request in made.requests],
         made=made,

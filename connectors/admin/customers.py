@@ -47,6 +47,7 @@ CALL_SECONDS = 10.0
 PRESS_SECONDS = 20.0
 LEVELS = {"success": messages.SUCCESS, "warning": messages.WARNING, "danger": messages.ERROR}
 # A link in one of these states waits for a person's decision.
+RESOLVE = "admin:connectors_customerlink_resolve"
 ASKS = ("conflict", "uncertain", "remote_deleted", "duplicate")
 BULKY = ("remote_data", "base_local", "base_remote")
 
@@ -137,7 +138,7 @@ class System:
         if self.link is None or self.key not in ASKS:
             return ""
         try:
-            return reverse("admin:connectors_customerlink_resolve", args=[self.link.pk])
+            return reverse(RESOLVE, args=[self.link.pk])
         except NoReverseMatch:
             return ""
 
@@ -207,6 +208,8 @@ def hints(
 ) -> dict[str, list[tuple[str, str, bool]]]:
     """What to say beside each field: (icon, words, whether it needs attention)."""
     said: dict[str, list[tuple[str, str, bool]]] = {}
+    demanding: dict[str, list[str]] = {}
+    lacking: dict[str, list[str]] = {}
     for system in systems:
         provider = PROVIDERS.get(system.connection.provider)
         if provider is None:
@@ -215,13 +218,17 @@ def hints(
         if system.connection.pushes and not (system.link and (system.link.is_duplicate or system.link.deleted_at)):
             for needed, others in provider.required.items():
                 if needed in system.missing:
-                    text = f"Needed by {name}: it is not sent there while this is empty."
-                    said.setdefault(needed, []).append(("⚠", text, True))
-                elif not others:
-                    said.setdefault(needed, []).append(("", f"Needed by {name}.", False))
+                    lacking.setdefault(needed, []).append(name)
+                elif not others and needed != "name":  # which the hub itself demands
+                    demanding.setdefault(needed, []).append(name)
         for one in system.differs:
             icon = "⇄" if one.why == "in conflict" else "≠"
             said.setdefault(one.name, []).append((icon, f"{name}: {told(one.name, one.there)} ({one.why})", False))
+    for needed, names in demanding.items():
+        said.setdefault(needed, []).append(("", f"Needed by {', '.join(names)}.", False))
+    for needed, names in lacking.items():
+        text = f"Needed by {', '.join(names)}: the customer is not sent there while this is empty."
+        said.setdefault(needed, []).append(("⚠", text, True))
     return {name: lines for name, lines in said.items() if name in fields}
 
 
@@ -362,7 +369,7 @@ class LinkedCustomerAdmin(BulkActions, Tables, LinkAdmin):
         form = context["adminform"].form
         if obj is None:
             own = Connection.objects.filter(organization__in=organizations(request), direction__in=Connection.PUSHING)
-            put_hints(form, [_system(Customer(), one, None, timezone.now()) for one in own], told=lambda *_: "")
+            put_hints(form, [_system(form.instance, one, None, timezone.now()) for one in own], told=lambda *_: "")
         elif not getattr(form, "stale", None):
             self._add_systems(request, context, obj)
         return super().render_change_form(request, context, add, change, form_url, obj)
