@@ -275,7 +275,7 @@ class CompareAdmin(CustomerAdmin):
         if not self.has_view_permission(request) or not self.has_compare_permission(request):
             raise PermissionDenied
         customer = self.get_object(request, object_id)
-        return self._page(request, customer, self.chosen(customer, request.GET.get("connection", "")))
+        return self._compare_page(request, customer, self.chosen(customer, request.GET.get("connection", "")))
 
     def read_view(self, request: HttpRequest, object_id: str) -> HttpResponse:
         """The same with what is there now."""
@@ -301,7 +301,7 @@ class CompareAdmin(CustomerAdmin):
             reads[connection.pk] = read_record(
                 connection, provider, remote_id, request_id=getattr(request, "request_id", "")
             )
-        return self._page(request, customer, connections, reads)
+        return self._compare_page(request, customer, connections, reads)
 
     def chosen(self, customer: Customer, text: str) -> list[Connection]:
         """The connection that is named, or all that the hub sends to. Another organization's is not found."""
@@ -313,7 +313,7 @@ class CompareAdmin(CustomerAdmin):
             raise Http404
         return found
 
-    def _page(
+    def _compare_page(
         self,
         request: HttpRequest,
         customer: Customer,
