@@ -13,13 +13,14 @@ from uuid import UUID
 from django.contrib import admin, messages
 from django.contrib.admin.helpers import ACTION_CHECKBOX_NAME
 from django.core.exceptions import PermissionDenied
-from django.db.models import Count, Exists, OuterRef, Prefetch, Q, QuerySet, prefetch_related_objects
+from django.db.models import Count, Prefetch, Q, QuerySet, prefetch_related_objects
 from django.http import Http404, HttpRequest, HttpResponse, HttpResponseRedirect
 from django.template.response import TemplateResponse
 from django.urls import URLPattern, reverse
 from django.utils import timezone
 
-from connectors.admin.badges import connection_badge, connection_choices, link_badge, status_column, summary
+from connectors.admin.badges import connection_badge, link_badge, status_column, summary
+from connectors.admin.filters import ReasonFilter, StateFilter, SystemFilter
 from connectors.exceptions import ConnectionUnusable, RetryLater
 from connectors.models import Connection, CustomerLink
 from connectors.providers import PROVIDERS
@@ -41,46 +42,6 @@ PRESS_SECONDS = 20.0
 MAX_CHOSEN = 10_000
 LEVELS = {"success": messages.SUCCESS, "warning": messages.WARNING, "danger": messages.ERROR}
 BULKY = ("remote_data", "base_local", "base_remote")
-
-
-class SystemFilter(admin.SimpleListFilter):
-    """Together with the state: customers with a link in this state in this system."""
-
-    title = "system"
-    parameter_name = "system"
-
-    def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, str]]:
-        return connection_choices(request)
-
-    def queryset(self, request: HttpRequest, queryset: QuerySet[Customer]) -> QuerySet[Customer]:
-        if (value := self.value()) and not request.GET.get(StateFilter.parameter_name):
-            return queryset.filter(Exists(_links_in(value)))
-        return queryset
-
-
-class StateFilter(admin.SimpleListFilter):
-    title = "state there"
-    parameter_name = "state"
-
-    def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, str]]:
-        return [(status.key, f"{status.icon} {status.word}") for status in STATUSES.values()]
-
-    def queryset(self, request: HttpRequest, queryset: QuerySet[Customer]) -> QuerySet[Customer]:
-        state = self.value()
-        if state not in STATUSES:
-            return queryset
-        links = _links_in(request.GET.get(SystemFilter.parameter_name))
-        if state == "not_linked":
-            return queryset.filter(~Exists(links))
-        there = links.annotate(shown_state=status_column(now=timezone.now())).filter(shown_state=state)
-        return queryset.filter(Exists(there))
-
-
-def _links_in(connection: str | None) -> QuerySet[CustomerLink]:
-    links = CustomerLink.objects.filter(customer=OuterRef("pk"))
-    if connection:
-        return links.filter(connection=int(connection)) if connection.isdecimal() else links.none()
-    return links
 
 
 @dataclass(kw_only=True)
@@ -200,8 +161,8 @@ class LinkedCustomerAdmin(CustomerAdmin):
     """The customer screens, extended by links and push buttons."""
 
     change_form_template = "connectors/customer_form.html"
-    list_display = ["name_shown", "email", "phone", "organization", "systems", "updated", "version"]
-    list_filter = [*CustomerAdmin.list_filter, SystemFilter, StateFilter]
+    list_display = ["name_shown", "email", "phone", "organization", "systems", "updated", "author", "version"]
+    list_filter = [SystemFilter, StateFilter, ReasonFilter, *CustomerAdmin.list_filter]
     actions = [*CustomerAdmin.actions, "push_selected"]
 
     # Finding and listing
@@ -222,10 +183,13 @@ class LinkedCustomerAdmin(CustomerAdmin):
     def exact_matches(
         self, request: HttpRequest, customers: QuerySet[Customer], term: str
     ) -> list[QuerySet[Customer, Any]]:
-        linked = Q(links__remote_id=term)
-        if uid := parse_public_id("cust", term):
-            linked |= Q(links__uid=uid)
-        ids = customers.filter(linked).values_list("pk", flat=True)
+        linked = Q(remote_id=term)
+        if uid := parse_public_id("lnk", term):
+            linked |= Q(uid=uid)
+        if term.isdecimal() and len(term) < 19:
+            linked |= Q(pk=int(term))
+        links = CustomerLink.objects.filter(linked)
+        ids = customers.filter(pk__in=links.values("customer")).values_list("pk", flat=True)
         return [*super().exact_matches(request, customers, term), ids]
 
     # One customer

@@ -9,13 +9,16 @@ from django.db.models import Q, QuerySet
 from django.http import HttpRequest, HttpResponse
 from django.utils import timezone
 
-from connectors.admin.badges import ConnectionFilter, link_badge, status_column
+from connectors.admin.badges import ConnectionFilter, link_badge
+from connectors.admin.filters import chosen_connections, in_status
 from connectors.models import CustomerLink
 from connectors.states import STATUSES
 from customers import jsontext
 from customers.admin import MOMENT, ReadOnlyAdmin, link_to
 from customers.ids import parse_public_id
 from customers.normalize import email_key, name_key
+from customers.privacy import NEEDS_RIGHT, redacted, sees
+from customers.search import beginning
 
 INTENTS_SHOWN = 10
 
@@ -34,7 +37,8 @@ class LinkStateFilter(admin.SimpleListFilter):
     def queryset(self, request: HttpRequest, queryset: QuerySet[CustomerLink]) -> QuerySet[CustomerLink]:
         if (value := self.value()) not in STATUSES:
             return queryset
-        return queryset.alias(shown_state=status_column(now=timezone.now())).filter(shown_state=value)
+        connections = chosen_connections(request, ConnectionFilter.parameter_name)
+        return queryset.filter(pk__in=in_status(value, connections, now=timezone.now()).values("pk"))
 
 
 @admin.register(CustomerLink)
@@ -58,9 +62,9 @@ class CustomerLinkAdmin(ReadOnlyAdmin):
         if uid := parse_public_id("cust", term):
             wanted |= Q(customer=uid) | Q(uid=uid)
         if "@" in term:
-            wanted |= Q(customer__email_key=email_key(term))
+            wanted |= Q(customer__email_key=email_key(term)) & ~Q(customer__email_key="")
         elif key := name_key(term):
-            wanted |= Q(customer__name_key__startswith=key)
+            wanted |= beginning("customer__name_key", key)
         return queryset.filter(wanted), False
 
     @admin.display(description="Customer", ordering="customer__name_key")
@@ -90,15 +94,25 @@ class CustomerLinkAdmin(ReadOnlyAdmin):
     ) -> HttpResponse:
         if obj is not None:
             now = timezone.now()
+            clear = sees(request.user)
+            values = {} if clear else vars(obj.customer)
+            sentence = obj.sentence(now=now)
             context |= {
                 "title": f"{obj.customer.name} in {obj.connection}",
                 "badge": link_badge(obj.status_key(now=now)),
-                "sentence": obj.sentence(now=now),
+                "sentence": sentence if clear else redacted(sentence, values),
                 "customer_link": link_to("admin:customers_customer_change", obj.customer_id, text=obj.customer.name),
                 "connection_link": link_to(
                     "admin:connectors_connection_change", obj.connection_id, text=obj.connection.name
                 ),
-                "document": pretty(obj.remote_data),
-                "intents": [(intent, pretty(intent.payload)) for intent in obj.intents.order_by("-pk")[:INTENTS_SHOWN]],
+                "document": pretty(obj.remote_data) if clear else NEEDS_RIGHT,
+                "intents": [
+                    (
+                        intent,
+                        intent.error if clear else redacted(intent.error, values),
+                        pretty(intent.payload) if clear else NEEDS_RIGHT,
+                    )
+                    for intent in obj.intents.order_by("-pk")[:INTENTS_SHOWN]
+                ],
             }
         return super().render_change_form(request, context, add, change, form_url, obj)

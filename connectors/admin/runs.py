@@ -13,6 +13,7 @@ from connectors.admin.badges import ConnectionFilter, run_badge
 from connectors.models import SyncRun
 from customers.admin import MOMENT, OrganizationFilter, ReadOnlyAdmin
 from customers.models import Customer
+from customers.privacy import redacted, sees
 
 
 @admin.register(SyncRun)
@@ -68,14 +69,14 @@ class SyncRunAdmin(ReadOnlyAdmin):
                 "totals": [(name.capitalize(), getattr(obj, name)) for name in SyncRun.TOTALS],
                 "waiting": waiting,
                 "sum": obj.total + waiting,
-                "problems": _problems(obj),
+                "problems": _problems(obj, clear=sees(request.user)),
                 "more_problems": obj.refused + obj.uncertain > len(obj.problems),
             }
         return super().render_change_form(request, context, add, change, form_url, obj)
 
 
-def _problems(run: SyncRun) -> list[dict[str, Any]]:
-    """The problems with the names of the customers concerned, read in one query."""
+def _problems(run: SyncRun, *, clear: bool) -> list[dict[str, Any]]:
+    """The problems with the names of the customers concerned, read in one query. Reasons may quote what was refused."""
     ids = set()
     for problem in run.problems:
         try:
@@ -84,4 +85,11 @@ def _problems(run: SyncRun) -> list[dict[str, Any]]:
             continue
     customers = Customer.objects.filter(organization=run.organization_id).in_bulk(ids)
     by_text = {str(pk): customer for pk, customer in customers.items()}
-    return [{**problem, "known": by_text.get(str(problem.get("customer")))} for problem in run.problems]
+    found = []
+    for problem in run.problems:
+        known = by_text.get(str(problem.get("customer")))
+        reason = str(problem.get("reason", ""))
+        if not clear:
+            reason = redacted(reason, vars(known) if known else None)
+        found.append({**problem, "reason": reason, "known": known})
+    return found
