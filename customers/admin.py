@@ -16,6 +16,7 @@ from django.contrib.auth.admin import UserAdmin as DjangoUserAdmin
 from django.contrib.auth.models import Group, User
 from django.core.exceptions import PermissionDenied
 from django.core.paginator import Paginator
+from django.db import connection
 from django.db.models import Exists, ForeignKey, OuterRef, Q, QuerySet, Subquery
 from django.http import Http404, HttpRequest, HttpResponse, HttpResponseRedirect
 from django.urls import URLPattern, path, reverse
@@ -36,6 +37,8 @@ MOMENT = "%Y-%m-%d %H:%M:%S UTC"
 TIMELINE_ROWS = 20
 # Rows that a list counts and leads to; what lies beyond is reached by filters and search.
 COUNTED = 10_000
+# As far as a filter is counted that has to compare each customer with others.
+COUNTED_SLOWLY = 1000
 # Of fewer hits than this the ids are read first; of more, each row of the list is asked about in turn.
 RARE = 2000
 
@@ -159,6 +162,7 @@ class DuplicatesFilter(admin.SimpleListFilter):
     def queryset(self, request: HttpRequest, queryset: QuerySet[Customer]) -> QuerySet[Customer]:
         if (column := self.fields.get(self.value() or "")) is None:
             return queryset
+        request.counted = COUNTED_SLOWLY  # type: ignore[attr-defined] # for the paginator
         alike = Customer.objects.filter(
             ~Q((column, "")),
             Q((column, OuterRef(column))),
@@ -182,13 +186,15 @@ class MoreThan(int):
 
 
 class BoundedPaginator(Paginator):  # type: ignore[type-arg] # none at run time
-    """Counts and pages to `COUNTED` rows: neither a count nor a page ever reads a whole table."""
+    """Counts and pages to `bound` rows: neither a count nor a page ever reads a whole table."""
+
+    bound = COUNTED
 
     @cached_property
     def count(self) -> int:
         rows: QuerySet[Any] = self.object_list  # type: ignore[assignment] # the admin pages through nothing else
-        number = rows.order_by().values("pk")[: COUNTED + 1].count()
-        return MoreThan(COUNTED) if number > COUNTED else number
+        number = rows.order_by().values("pk")[: self.bound + 1].count()
+        return MoreThan(self.bound) if number > self.bound else number
 
 
 class BoundedChangeList(ChangeList):
@@ -210,9 +216,9 @@ class LastAuthors(BoundedChangeList):
     def get_queryset(self, request: HttpRequest, exclude_parameters: Any = None) -> QuerySet[Any]:
         last = CustomerChange.objects.filter(customer=OuterRef("pk"), version=OuterRef("version"))
         rows: QuerySet[Any] = super().get_queryset(request, exclude_parameters)
-        return rows.annotate(
-            last_author=Subquery(last.values("actor_name")), last_kind=Subquery(last.values("actor_kind"))
-        )
+        authors = {"last_author": Subquery(last.values("actor_name")), "last_kind": Subquery(last.values("actor_kind"))}
+        found: QuerySet[Any] = rows.annotate(**authors)
+        return found
 
 
 class OwnAdmin(theme.ModelAdmin):
@@ -367,8 +373,9 @@ class CustomerAdmin(OwnAdmin):
         return LastAuthors
 
     def get_sortable_by(self, request: HttpRequest) -> list[Any]:
-        """An index has the names of one organization in order, and the times of all."""
+        """An index has the names of one organization in order, and the times of all; SQLite would sort them anew."""
         one = len(organizations(request)) == 1 or request.GET.get(OrganizationFilter.parameter_name)
+        one = one and connection.vendor == "postgresql"
         return ["name_shown", "updated"] if one else ["updated"]
 
     def get_queryset(self, request: HttpRequest) -> QuerySet[Customer]:
@@ -379,6 +386,7 @@ class CustomerAdmin(OwnAdmin):
 
     def get_paginator(self, request: HttpRequest, queryset: Any, per_page: int, *args: Any, **kwargs: Any) -> Any:
         paginator = super().get_paginator(request, queryset, per_page, *args, **kwargs)
+        paginator.bound = getattr(request, "counted", COUNTED)
         if (found := getattr(request, "found", None)) is not None:
             paginator.count = found
         return paginator
@@ -727,9 +735,49 @@ admin.site.site_header = admin.site.site_title = "Customer Hub"
 
 @admin.register(User)
 class UserAdmin(DjangoUserAdmin, theme.ModelAdmin):  # type: ignore[type-arg] # none at run time
+    """People. Who is no superuser sees those of the own organizations, and gives nobody more than they have."""
+
     form = theme.UserChangeForm
     add_form = theme.UserCreationForm
     change_password_form = theme.AdminPasswordChangeForm
+
+    def get_queryset(self, request: HttpRequest) -> QuerySet[User]:
+        people: QuerySet[User] = super().get_queryset(request)
+        if getattr(request.user, "is_superuser", False):
+            return people
+        own = [organization.pk for organization in organizations(request)]
+        theirs = Organization.objects.filter(members=OuterRef("pk"))
+        return people.filter(Exists(theirs.filter(pk__in=own)), ~Exists(theirs.exclude(pk__in=own)), is_superuser=False)
+
+    def has_change_permission(self, request: HttpRequest, obj: User | None = None) -> bool:
+        if not super().has_change_permission(request, obj):
+            return False
+        if obj is None or getattr(request.user, "is_superuser", False):
+            return True
+        return obj.get_all_permissions() <= request.user.get_all_permissions()
+
+    def get_readonly_fields(self, request: HttpRequest, obj: User | None = None) -> list[Any]:
+        return [] if getattr(request.user, "is_superuser", False) else ["is_superuser", "user_permissions"]
+
+    def formfield_for_manytomany(self, db_field: Any, request: HttpRequest, **kwargs: Any) -> Any:
+        if db_field.name == "groups" and not getattr(request.user, "is_superuser", False):
+            own = request.user.get_all_permissions()
+            groups = Group.objects.prefetch_related("permissions__content_type")
+            kwargs["queryset"] = Group.objects.filter(
+                pk__in=[
+                    group.pk
+                    for group in groups
+                    if {f"{p.content_type.app_label}.{p.codename}" for p in group.permissions.all()} <= own
+                ]
+            )
+        return super().formfield_for_manytomany(db_field, request, **kwargs)
+
+    def save_model(self, request: HttpRequest, obj: User, form: Any, change: bool) -> None:
+        super().save_model(request, obj, form, change)
+        if not change and not getattr(request.user, "is_superuser", False):
+            # Of no organization they would be nobody's, and this person could not even open them again.
+            for organization in organizations(request):
+                organization.members.add(obj)
 
 
 @admin.register(Group)

@@ -23,7 +23,7 @@ from django.db.models.expressions import RawSQL
 from customers.models import Customer
 from customers.normalize import email_key, name_key, phone_key
 
-LIMIT = 1000
+LIMIT = 500
 # Shorter words have no trigram; they only narrow what longer words find.
 TRIGRAM = 3
 _PHONE = re.compile(r"[\d\s()+./-]+")
@@ -164,7 +164,9 @@ def find(
         ranks.append(beginning("email_key", email) & _filled("email_key"))
     hits: dict[UUID, None] = {}
     if ranks:
-        hits = dict.fromkeys(own.filter(reduce(or_, ranks))[:LIMIT])
+        # Not one condition with OR: SQLite would read every row for it.
+        first, *others = (own.filter(rank) for rank in ranks)
+        hits = dict.fromkeys(first.union(*others, all=True)[:LIMIT])
     if not named and len(hits) < LIMIT and (contains := containing(term, personal=personal)) is not None:
         hits |= dict.fromkeys(own.filter(contains)[:LIMIT])
     if name:
