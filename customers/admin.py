@@ -169,7 +169,9 @@ class DuplicatesFilter(admin.SimpleListFilter):
             organization=OuterRef("organization"),
             merged_into=None,
         ).exclude(pk=OuterRef("pk"))
-        return queryset.filter(~Q((column, "")), Exists(alike), merged_into=None)
+        # Asked of one row after the other, as far as the page goes: joined, every customer would be compared first.
+        twin = Subquery(alike.values("pk")[:1])
+        return queryset.alias(twin=twin).filter(~Q((column, "")), twin__isnull=False, merged_into=None)
 
 
 def narrowed(customers: QuerySet[Customer], ids: QuerySet[Any, Any]) -> QuerySet[Customer]:
@@ -320,6 +322,11 @@ MASKED = {name: _as_text(name, clear=False) for name in sorted(PERSONAL)}
 REVEALED = {name: _as_text(name, clear=True) for name in sorted(PERSONAL)}
 
 
+def shows_personal(request: HttpRequest, customer: Customer) -> bool:
+    """Whether this answer shows the customer's personal data: to who may see it, or has just revealed it."""
+    return sees(request.user) or getattr(request, "revealed", None) == customer.pk
+
+
 def _replaced(field: Any, shown: Mapping[str, Any]) -> Any:
     return tuple(shown.get(one, one) for one in field) if isinstance(field, tuple) else shown.get(field, field)
 
@@ -374,9 +381,8 @@ class CustomerAdmin(OwnAdmin):
 
     def get_sortable_by(self, request: HttpRequest) -> list[Any]:
         """An index has the names of one organization in order, and the times of all; SQLite would sort them anew."""
-        one = len(organizations(request)) == 1 or request.GET.get(OrganizationFilter.parameter_name)
-        one = one and connection.vendor == "postgresql"
-        return ["name_shown", "updated"] if one else ["updated"]
+        one = len(organizations(request)) == 1 or bool(request.GET.get(OrganizationFilter.parameter_name))
+        return ["name_shown", "updated"] if one and connection.vendor == "postgresql" else ["updated"]
 
     def get_queryset(self, request: HttpRequest) -> QuerySet[Customer]:
         rows = super().get_queryset(request)
@@ -385,7 +391,7 @@ class CustomerAdmin(OwnAdmin):
         return rows
 
     def get_paginator(self, request: HttpRequest, queryset: Any, per_page: int, *args: Any, **kwargs: Any) -> Any:
-        paginator = super().get_paginator(request, queryset, per_page, *args, **kwargs)
+        paginator: Any = super().get_paginator(request, queryset, per_page, *args, **kwargs)
         paginator.bound = getattr(request, "counted", COUNTED)
         if (found := getattr(request, "found", None)) is not None:
             paginator.count = found
@@ -433,7 +439,7 @@ class CustomerAdmin(OwnAdmin):
             ("Custom fields", {"fields": ["custom_fields"]}),
         ]
         if obj is not None and not sees(request.user):
-            shown = REVEALED if getattr(request, "revealed", None) == obj.pk else MASKED
+            shown = REVEALED if shows_personal(request, obj) else MASKED
             for _, options in fieldsets:
                 options["fields"] = [_replaced(field, shown) for field in options["fields"]]
         allowed = self.has_add_permission(request) if obj is None else self.has_change_permission(request, obj)
@@ -485,11 +491,10 @@ class CustomerAdmin(OwnAdmin):
         obj: Customer | None = None,
     ) -> HttpResponse:
         if obj is not None:
-            revealed = getattr(request, "revealed", None) == obj.pk
-            clear = sees(request.user) or revealed
+            clear = shows_personal(request, obj)
             context["masked"] = not clear
             context["can_reveal"] = not clear and request.user.has_perm(REVEAL)
-            context["revealed"] = revealed
+            context["revealed"] = clear and not sees(request.user)
             context["can_archive"] = self.has_change_permission(request, obj)
             context["timeline"] = timeline(obj, clear=clear)
             if request.user.has_perm("customers.view_customerchange"):

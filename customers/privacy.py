@@ -21,7 +21,7 @@ PERSONAL = frozenset(
 HIDDEN = "•••"
 NEEDS_RIGHT = "Shown to those who may see personal data."
 _ADDRESS = re.compile(r"[^\s@<>\"'(),;:]+@[^\s@<>\"'(),;:]+")
-_NUMBER = re.compile(r"\+?\d(?:[\s./()-]?\d){5,}")
+_NUMBER = re.compile(r"\+?\d(?:[\s./()-]{0,2}\d){5,}")
 
 
 def sees(user: Model | AnonymousUser) -> bool:

@@ -29,11 +29,12 @@ from connectors.states import STATUSES
 from connectors.sync.plan import changed_values
 from connectors.sync.push import push
 from connectors.sync.request import request as request_push
-from customers.admin import MOMENT, CustomerAdmin, actor_of, by_organization
+from customers.admin import MOMENT, CustomerAdmin, actor_of, by_organization, shows_personal
 from customers.editing import EDITABLE, Actor
 from customers.forms import label
 from customers.ids import parse_public_id
 from customers.models import Customer
+from customers.privacy import redacted
 
 # One button press waits this long for one answer, and about this long in all; the worker does what is left.
 CALL_SECONDS = 10.0
@@ -213,6 +214,11 @@ class LinkedCustomerAdmin(CustomerAdmin):
         if obj is not None:
             in_use = not obj.archived_at and not obj.merged_into_id
             context["systems"] = systems = systems_of(obj, now=timezone.now())
+            if not shows_personal(request, obj):
+                for system in systems:
+                    system.sentence = redacted(system.sentence, vars(obj))
+                    if system.link:
+                        system.link.error = redacted(system.link.error, vars(obj))  # shown, never saved
             context["can_push"] = context["can_push"] and in_use
             context["can_push_all"] = context["can_push"] and any(system.can_push for system in systems)
             context["rejections"] = [

@@ -83,6 +83,15 @@ class CustomerLinkAdmin(ReadOnlyAdmin):
     def synced(self, link: CustomerLink) -> str | None:
         return link.synced_at.strftime(MOMENT) if link.synced_at else None
 
+    @admin.display(description="Error")
+    def error_masked(self, link: CustomerLink) -> str:
+        return redacted(link.error, vars(link.customer))
+
+    def get_list_display(self, request: HttpRequest) -> list[Any]:
+        if sees(request.user):
+            return list(self.list_display)
+        return ["error_masked" if name == "error" else name for name in self.list_display]
+
     def render_change_form(
         self,
         request: HttpRequest,
