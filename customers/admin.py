@@ -233,6 +233,7 @@ class OwnAdmin(theme.ModelAdmin):
     show_full_result_count = False
     list_per_page = 50
     paginator = BoundedPaginator
+    show_facets = admin.ShowFacets.NEVER  # numbers beside the filters would count whole tables
 
     def lookup_allowed(self, lookup: str, value: Any, request: HttpRequest | None = None) -> bool:
         """What the list offers to filter by, and related records by id.

@@ -24,6 +24,8 @@ from customers.models import Customer
 from customers.normalize import email_key, name_key, phone_key
 
 LIMIT = 500
+# SQLite reads all rows that an index names before it looks at the first: so many are tried before all of them.
+FIRST = 20_000
 # Shorter words have no trigram; they only narrow what longer words find.
 TRIGRAM = 3
 _PHONE = re.compile(r"[\d\s()+./-]+")
@@ -83,9 +85,10 @@ def custom_value(term: str, *, organizations: Collection[int]) -> Q:
     return Q(pk__in=_indexed(f"more : ({' OR '.join(parts)})"))
 
 
-def containing(term: str, *, personal: bool) -> Q | None:
+def containing(term: str, *, personal: bool, among: int | None = None) -> Q | None:
     """Customers that contain every word of the term in name, e-mail or phone; None where it is too short for that.
 
+    On SQLite `among` bounds how many of those the index names are looked at.
     Without `personal`, names alone count: what may not be seen must not be found out letter by letter.
     """
     words = (email_key if "@" in term else name_key)(term).split()
@@ -93,20 +96,20 @@ def containing(term: str, *, personal: bool) -> Q | None:
     choices = [wanted for wanted in (words, [digits] if len(digits) > TRIGRAM else []) if wanted]
     if not personal:
         choices = choices[:1]
-    found = [_having(wanted, personal=personal) for wanted in choices if max(map(len, wanted)) >= TRIGRAM]
+    found = [_having(wanted, personal=personal, among=among) for wanted in choices if max(map(len, wanted)) >= TRIGRAM]
     if not found:
         return None
     return reduce(or_, found)
 
 
-def _having(words: Sequence[str], *, personal: bool) -> Q:
+def _having(words: Sequence[str], *, personal: bool, among: int | None) -> Q:
     where = Q()
     if connections[router.db_for_read(Customer)].vendor == "postgresql":
         for word in words:
             where &= Q(haystack__contains=word)
     else:
         long = " AND ".join(_phrase(word) for word in words if len(word) >= TRIGRAM)
-        where &= Q(pk__in=_indexed(f"{'{name contact}' if personal else 'name'} : ({long})"))
+        where &= Q(pk__in=_indexed(f"{'{name contact}' if personal else 'name'} : ({long})", among=among))
         for word in words:
             if len(word) < TRIGRAM:
                 where &= Q(haystack__contains=word)
@@ -120,12 +123,12 @@ def _phrase(text: str) -> str:
     return '"' + text.replace('"', '""') + '"'
 
 
-def _indexed(match: str) -> RawSQL:
+def _indexed(match: str, *, among: int | None = None) -> RawSQL:
     sql = (
         "SELECT customer_id FROM customers_searchtext WHERE id IN"
-        " (SELECT rowid FROM customers_searchindex WHERE customers_searchindex MATCH %s)"
+        " (SELECT rowid FROM customers_searchindex WHERE customers_searchindex MATCH %s LIMIT %s)"
     )
-    return RawSQL(sql, [match])
+    return RawSQL(sql, [match, -1 if among is None else among])
 
 
 def _haystack() -> Func:
@@ -167,7 +170,9 @@ def find(
         # Not one condition with OR: SQLite would read every row for it.
         first, *others = (own.filter(rank) for rank in ranks)
         hits = dict.fromkeys(first.union(*others, all=True)[:LIMIT])
-    if not named and len(hits) < LIMIT and (contains := containing(term, personal=personal)) is not None:
+    for among in (FIRST, None) if connections[router.db_for_read(Customer)].vendor == "sqlite" else (None,):
+        if named or len(hits) >= LIMIT or (contains := containing(term, personal=personal, among=among)) is None:
+            break
         hits |= dict.fromkeys(own.filter(contains)[:LIMIT])
     if name:
         ranks.append(Q(name_key__contains=f" {name}"))

@@ -215,10 +215,11 @@ class LinkedCustomerAdmin(CustomerAdmin):
             in_use = not obj.archived_at and not obj.merged_into_id
             context["systems"] = systems = systems_of(obj, now=timezone.now())
             if not shows_personal(request, obj):
+                for link in (system.link for system in systems if system.link):
+                    link.error = redacted(link.error, vars(obj))  # shown, never saved
                 for system in systems:
-                    system.sentence = redacted(system.sentence, vars(obj))
                     if system.link:
-                        system.link.error = redacted(system.link.error, vars(obj))  # shown, never saved
+                        system.sentence = system.link.sentence(now=timezone.now())
             context["can_push"] = context["can_push"] and in_use
             context["can_push_all"] = context["can_push"] and any(system.can_push for system in systems)
             context["rejections"] = [

@@ -105,11 +105,12 @@ class CustomerLinkAdmin(ReadOnlyAdmin):
             now = timezone.now()
             clear = sees(request.user)
             values = {} if clear else vars(obj.customer)
-            sentence = obj.sentence(now=now)
+            if not clear:
+                obj.error = redacted(obj.error, values)  # shown, never saved
             context |= {
                 "title": f"{obj.customer.name} in {obj.connection}",
                 "badge": link_badge(obj.status_key(now=now)),
-                "sentence": sentence if clear else redacted(sentence, values),
+                "sentence": obj.sentence(now=now),
                 "customer_link": link_to("admin:customers_customer_change", obj.customer_id, text=obj.customer.name),
                 "connection_link": link_to(
                     "admin:connectors_connection_change", obj.connection_id, text=obj.connection.name
