@@ -557,6 +557,7 @@ class CustomerLink(models.Model):
             ),
             models.Index(fields=["remote_id"], name="link_remote_id"),
             models.Index(fields=["connection", "fingerprint"], name="link_rejected", condition=Q(state="rejected")),
+            models.Index(fields=["connection", "state"], name="link_parked", condition=Q(state__in=PARKED)),
             models.Index(
                 fields=["connection", "former_remote_id"], name="link_former_id", condition=~Q(former_remote_id="")
             ),

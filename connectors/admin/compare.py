@@ -35,8 +35,7 @@ from customers.editing import EDITABLE
 from customers.forms import label, shown
 from customers.ids import uuid7
 from customers.models import Customer
-from customers.privacy import PERSONAL, masked, sees
-from customers.timeline import without_personal
+from customers.privacy import PERSONAL, masked, redacted, sees
 
 READ_SECONDS = 10.0
 MARK_AGE = 24 * 3600
@@ -206,7 +205,7 @@ def _compared(
     mark_uid: UUID,
 ) -> Compared:
     def told(text: str) -> str:
-        return text if open_ else without_personal(text, customer)
+        return text if open_ else redacted(text, vars(customer))
 
     fetches = provider.capabilities(connection).fetches
     result = Compared(

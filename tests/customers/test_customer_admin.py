@@ -31,7 +31,10 @@ def staff(organization: Organization | None, *rights: str, name: str = "clerk") 
     return client
 
 
-EDIT = ("customers.view_customer", "customers.change_customer", "customers.add_customer")
+EDIT = (
+    *("customers.view_customer", "customers.change_customer", "customers.add_customer"),
+    "customers.view_personal_data",
+)
 
 
 def address(customer: Customer, what: str = "change") -> str:
