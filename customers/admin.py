@@ -10,6 +10,7 @@ from typing import Any
 from uuid import UUID
 
 from django.contrib import admin, messages
+from django.contrib.admin.options import BaseModelAdmin
 from django.contrib.admin.views.main import ORDER_VAR, ChangeList
 from django.contrib.auth.admin import GroupAdmin as DjangoGroupAdmin
 from django.contrib.auth.admin import UserAdmin as DjangoUserAdmin
@@ -345,7 +346,6 @@ class CustomerAdmin(OwnAdmin):
     ordering = ["-updated_at", "-id"]
     search_fields = ["name"]
     search_help_text = "Name, e-mail, phone, tax number, or any id: the hub's or another system's."
-    actions = ["archive_selected", "restore_selected"]
     sources: Sequence[Source] = (changes, notes, reveals)  # of the timeline
 
     @admin.display(description="Name", ordering="name_key")
@@ -649,26 +649,6 @@ class CustomerAdmin(OwnAdmin):
         response["Cache-Control"] = "no-store"
         return response
 
-    @admin.action(description="Archive", permissions=["change"])
-    def archive_selected(self, request: HttpRequest, queryset: QuerySet[Customer]) -> None:
-        self._move_selected(request, queryset.filter(archived_at=None), editing.archive, "in the archive")
-
-    @admin.action(description="Restore", permissions=["change"])
-    def restore_selected(self, request: HttpRequest, queryset: QuerySet[Customer]) -> None:
-        self._move_selected(request, queryset.exclude(archived_at=None), editing.restore, "in use again")
-
-    def _move_selected(
-        self,
-        request: HttpRequest,
-        queryset: QuerySet[Customer],
-        move: Callable[..., Mapping[UUID, Any]],
-        where: str,
-    ) -> None:
-        moved = 0
-        for organization, ids in by_organization(queryset.filter(merged_into=None)):
-            moved += len(move(organization=organization, ids=ids, actor=actor_of(request)))
-        self.message_user(request, f"{moved} customers are {where}.", messages.SUCCESS)
-
 
 def by_organization(
     customers: QuerySet[Customer], *, limit: int | None = None
@@ -768,7 +748,7 @@ class CustomerChangeAdmin(ReadOnlyAdmin):
         return ["sentence_masked" if name == "sentence" and not sees(request.user) else name for name in names]
 
 
-class TickedAdmin(theme.ModelAdmin):
+class Ticked(BaseModelAdmin):  # type: ignore[type-arg] # none at run time
     """Offers what is many as boxes to tick: Django's two lists need scripts, and more width than a phone has."""
 
     filter_horizontal = ()
@@ -779,7 +759,7 @@ class TickedAdmin(theme.ModelAdmin):
 
 
 @admin.register(Organization)
-class OrganizationAdmin(TickedAdmin):
+class OrganizationAdmin(Ticked, theme.ModelAdmin):
     """Who works with whose customers: for superusers alone."""
 
     list_display = ["name", "slug", "country"]
@@ -811,7 +791,7 @@ admin.site.site_header = admin.site.site_title = "Customer Hub"
 
 
 @admin.register(User)
-class UserAdmin(TickedAdmin, DjangoUserAdmin):  # type: ignore[type-arg] # none at run time
+class UserAdmin(Ticked, DjangoUserAdmin, theme.ModelAdmin):  # type: ignore[type-arg] # none at run time
     """People. Who is no superuser sees those of the own organizations, and gives nobody more than they have."""
 
     form = theme.UserChangeForm
@@ -858,5 +838,5 @@ class UserAdmin(TickedAdmin, DjangoUserAdmin):  # type: ignore[type-arg] # none 
 
 
 @admin.register(Group)
-class GroupAdmin(TickedAdmin, DjangoGroupAdmin):
+class GroupAdmin(Ticked, DjangoGroupAdmin, theme.ModelAdmin):
     pass

@@ -190,15 +190,11 @@ class BulkActions(CustomerAdmin):
     # Archiving
 
     @admin.action(description="Archive…", permissions=["change"])
-    def archive_selected(  # type: ignore[override] # shows a page first
-        self, request: HttpRequest, queryset: QuerySet[Customer]
-    ) -> HttpResponse | None:
+    def archive_selected(self, request: HttpRequest, queryset: QuerySet[Customer]) -> HttpResponse | None:
         return self._move_after_a_page(request, queryset, "archive", queryset.filter(archived_at=None))
 
     @admin.action(description="Restore…", permissions=["change"])
-    def restore_selected(  # type: ignore[override] # as above
-        self, request: HttpRequest, queryset: QuerySet[Customer]
-    ) -> HttpResponse | None:
+    def restore_selected(self, request: HttpRequest, queryset: QuerySet[Customer]) -> HttpResponse | None:
         return self._move_after_a_page(request, queryset, "restore", queryset.exclude(archived_at=None))
 
     def _move_after_a_page(

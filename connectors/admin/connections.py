@@ -331,7 +331,7 @@ class ConnectionAdmin(FirstSteps, OwnAdmin):
     def _facts(self, request: HttpRequest, obj: Connection, *, now: datetime) -> dict[str, Any]:
         """What the page tells besides the settings, in a constant number of queries."""
         provider = PROVIDERS.get(obj.provider)
-        queue = overview.queue(obj, now=now)
+        queue = overview.queue(obj, sees=sees(request.user), now=now)
         parked, oldest_due = queue.parked, queue.oldest_due
         may_see_customers = request.user.has_perm("customers.view_customer")
         example = mapping = None

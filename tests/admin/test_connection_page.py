@@ -66,7 +66,7 @@ def test_a_large_queue_is_counted_as_far_as_an_index_goes(
     monkeypatch.setattr(overview, "BOUND", 1)
     for _ in range(3):
         link(new_customer(organization), books, state=LinkState.REJECTED, needed_version=1)
-    found = overview.queue(books, now=timezone.now())
+    found = overview.queue(books, sees=True, now=timezone.now())
     assert not found.complete
     [rejected] = found.counts
     assert (rejected.key, rejected.shown) == ("rejected", "1+")

@@ -244,7 +244,7 @@ def test_personal_data_is_masked_for_who_may_not_see_it(
     shown = before + rest[rest.index('id="timeline"') :]
     for hidden in ("+498955501", "Munich", "contact@acme.com", "+4940555", "+493055505", "Berlin"):
         assert hidden not in shown
-    assert "c•••@acme.com is taken" in shown
+    assert "••• is taken" in shown
     text = page(staff(organization, *rights, SEE), customer).content.decode()
     for open_ in ("+498955501", "Munich", "contact@acme.com is taken", "+494055504"):
         assert open_ in text

@@ -254,5 +254,5 @@ def test_a_run_costs_the_same_queries_whatever_it_shows(
 def test_the_groups_of_an_import_count_its_rows(organization: Organization) -> None:
     problems = [{"row": n, "state": "refused", "field": "email", "reason": "No address."} for n in range(3)]
     run = SyncRun(organization=organization, kind="import", refused=3, planned=3, problems=problems)
-    [group], complete = pages.groups_of(run)
+    [group], complete = pages.groups_of(run, clear=True)
     assert (group.count, complete, group.shown[1]) == (3, True, "Refused")

@@ -12,7 +12,7 @@ from django.test import Client
 from django.urls import reverse
 from django.utils import timezone
 
-from connectors.models import ApiKey, Connection, CustomerLink, SyncRun
+from connectors.models import ApiKey, Conflict, Connection, CustomerLink, SyncRun
 from connectors.states import HEALTH, PARKED, RUN_STATUSES, STATUSES, LinkState, health_sentence
 from customers.models import Organization
 from tests.admin.test_needs_you import KINDS, STATES, put
@@ -56,7 +56,17 @@ def made(connect: Callable[..., Connection], organization: Organization) -> Call
     def make(key: str) -> CustomerLink:
         on_connection, on_link = LINKS[key]
         shop = connect("links", name="Shop", account="1", **{"direction": "push", **on_connection})
-        return put(shop, key, customer=new_customer(organization), **on_link)
+        link = put(shop, key, customer=new_customer(organization), **on_link)
+        for field in link.conflicts:
+            Conflict.objects.create(
+                organization=organization,
+                connection=shop,
+                link=link,
+                field=field,
+                outcome=Conflict.Outcome.WAITING,
+                at=link.updated_at,
+            )
+        return link
 
     return make
 
