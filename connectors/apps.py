@@ -1,4 +1,5 @@
 from django.apps import AppConfig
+from django.db.models.signals import post_migrate
 
 
 class ConnectorsConfig(AppConfig):
@@ -6,6 +7,7 @@ class ConnectorsConfig(AppConfig):
     verbose_name = "Connected systems"
 
     def ready(self) -> None:
+        from connectors.groups import make_groups
         from connectors.providers import PROVIDERS
         from connectors.sync.dirty import mark_dirty
         from connectors.sync.merging import move_links
@@ -25,3 +27,9 @@ class ConnectorsConfig(AppConfig):
             )
 
         customers_changed.connect(changed, weak=False, dispatch_uid="connectors")
+
+        def migrated(using: str, **signal: object) -> None:
+            make_groups(using=using)
+
+        # Rights are made by the same signal, whose receiver came before this one.
+        post_migrate.connect(migrated, sender=self, weak=False, dispatch_uid="connectors.groups")

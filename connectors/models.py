@@ -163,6 +163,12 @@ class Connection(models.Model):
         blank=True,
         help_text="How many calls may follow at once after a pause. Empty: half a second's worth.",
     )
+    day_limit = models.PositiveIntegerField(
+        "calls per day",
+        null=True,
+        blank=True,
+        help_text="The most in a day by UTC. The last tenth is left to what somebody waits for. Empty: no limit.",
+    )
     state = models.CharField(max_length=16, choices=State, default=State.ACTIVE)
     state_reason = models.CharField(max_length=500, blank=True)
     paused_until = models.DateTimeField(null=True, blank=True, editable=False)  # NULL: until somebody resumes it
@@ -178,6 +184,8 @@ class Connection(models.Model):
     not_before = models.DateTimeField(null=True, blank=True, editable=False)
     bucket_calls = models.FloatField(null=True, editable=False)  # calls left in the bucket at `bucket_at`
     bucket_at = models.DateTimeField(null=True, editable=False)
+    day_calls = models.PositiveIntegerField(default=0, editable=False)  # calls taken on `day`
+    day = models.DateField(null=True, editable=False)
     breaker_calls = models.CharField(max_length=50, blank=True, editable=False)  # the last calls: "1" good, "0" failed
     breaker_until = models.DateTimeField(null=True, editable=False)  # set while the breaker is open
     breaker_trips = models.PositiveSmallIntegerField(default=0, editable=False)  # in a row: doubles the wait
@@ -276,6 +284,10 @@ class ApiKey(models.Model):
         validators=[MinValueValidator(0)],
         help_text="Two seconds' worth may come at once. Empty: as the hub is set. 0: no limit.",
     )
+    strict = models.BooleanField(
+        default=False,
+        help_text="Refuse what cannot be repeated safely: a POST without Idempotency-Key, a change without If-Match.",
+    )
     expires_at = models.DateTimeField(null=True, blank=True)
     last_used_at = models.DateTimeField(null=True, blank=True, editable=False)
     bucket_calls = models.FloatField(null=True, editable=False)  # requests left in the bucket at `bucket_at`
@@ -304,6 +316,7 @@ class ApiKey(models.Model):
         scopes: list[str] | None = None,
         expires_at: datetime | None = None,
         rate: float | None = None,
+        strict: bool = False,
     ) -> tuple[ApiKey, str]:
         """A stored key and the secret that is never seen again."""
         secret = f"hub_{secrets.token_urlsafe(32)}"
@@ -315,6 +328,7 @@ class ApiKey(models.Model):
             hash=cls.hashed(secret),
             expires_at=expires_at,
             rate=rate,
+            strict=strict,
         )
         return key, secret
 
@@ -543,6 +557,7 @@ class CustomerLink(models.Model):
             ),
             models.Index(fields=["remote_id"], name="link_remote_id"),
             models.Index(fields=["connection", "fingerprint"], name="link_rejected", condition=Q(state="rejected")),
+            models.Index(fields=["connection", "state"], name="link_parked", condition=Q(state__in=PARKED)),
             models.Index(
                 fields=["connection", "former_remote_id"], name="link_former_id", condition=~Q(former_remote_id="")
             ),

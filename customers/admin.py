@@ -2,33 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from functools import cached_property
 from typing import Any
 from uuid import UUID
 
 from django.contrib import admin, messages
+from django.contrib.admin.options import BaseModelAdmin
+from django.contrib.admin.views.main import ORDER_VAR, ChangeList
 from django.contrib.auth.admin import GroupAdmin as DjangoGroupAdmin
 from django.contrib.auth.admin import UserAdmin as DjangoUserAdmin
 from django.contrib.auth.models import Group, User
 from django.core.exceptions import PermissionDenied
-from django.db.models import ForeignKey, Q, QuerySet
+from django.core.paginator import Paginator
+from django.db import connection
+from django.db.models import Exists, ForeignKey, OuterRef, Q, QuerySet, Subquery
 from django.http import Http404, HttpRequest, HttpResponse, HttpResponseRedirect
 from django.template.response import TemplateResponse
 from django.urls import URLPattern, path, reverse
+from django.utils import timezone
 from django.utils.html import format_html
 from django.views.decorators.http import require_POST
 
-from customers import editing, jsontext, theme
+from customers import editing, jsontext, search, theme
+from customers.countries import NAME_OF
 from customers.editing import Actor, StaleVersion
 from customers.forms import ABSENT, Clash, CustomerForm, label, shown
 from customers.ids import parse_public_id
-from customers.models import Customer, CustomerChange, Organization
-from customers.normalize import clean_text, email_key, has_control_characters, name_key, phone_key
-from customers.privacy import masked, masked_all, sees
-from customers.timeline import PEOPLE, SYSTEMS, Asked, Cursor, Source, changes, notes, timeline
+from customers.models import Customer, CustomerChange, Organization, Reveal
+from customers.normalize import clean_text, has_control_characters
+from customers.privacy import PERSONAL, REVEAL, masked, masked_all, sees
+from customers.timeline import PEOPLE, SYSTEMS, Asked, Cursor, Source, changes, notes, reveals, timeline
 
 MOMENT = "%Y-%m-%d %H:%M:%S UTC"
 NOTE_LENGTH = 2000
+# Rows that a list counts and leads to; what lies beyond is reached by filters and search.
+COUNTED = 10_000
+# As far as a filter is counted that has to compare each customer with others.
+COUNTED_SLOWLY = 1000
+# Of fewer hits than this the ids are read first; of more, each row of the list is asked about in turn.
+RARE = 2000
 
 
 def actor_of(request: HttpRequest, *, message: str = "") -> Actor:
@@ -79,6 +94,138 @@ class ArchivedFilter(admin.SimpleListFilter):
         return queryset.filter(archived_at__isnull=self.value() == "no") if self.value() else queryset
 
 
+# How Django's own filters end the names of what they filter by.
+ENDS = ("exact", "in", "isnull", "gte", "lt")
+
+
+class CountryFilter(admin.SimpleListFilter):
+    title = "country"
+    parameter_name = "country"
+    template = "customers/filter_choice.html"
+
+    def choices(self, changelist: ChangeList) -> Iterator[Any]:
+        """Nothing: the template shows a list to choose from, and hands on what else the address holds."""
+        given = self.request.GET.lists()
+        self.others = [(name, values) for name, values in given if name not in (self.parameter_name, "p", "e")]
+        return iter(())
+
+    def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, str]]:
+        return sorted(((code, name.title()) for code, name in NAME_OF.items()), key=lambda country: country[1])
+
+    def queryset(self, request: HttpRequest, queryset: QuerySet[Customer]) -> QuerySet[Customer]:
+        # An empty code is no country: this is the index's own condition.
+        return queryset.filter(address_country_code=value) if (value := self.value()) else queryset
+
+
+class UpdatedFilter(admin.SimpleListFilter):
+    """By a number of days, or by any date in the address, such as updated=2026-01-31."""
+
+    title = "updated"
+    parameter_name = "updated"
+
+    def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, str]]:
+        return [("1d", "In the last day"), ("7d", "In the last 7 days"), ("30d", "In the last 30 days")]
+
+    def queryset(self, request: HttpRequest, queryset: QuerySet[Customer]) -> QuerySet[Customer]:
+        value = self.value() or ""
+        if value[:-1].isdecimal() and value.endswith("d") and len(value) < 6:
+            return queryset.filter(updated_at__gte=timezone.now() - timedelta(days=int(value[:-1])))
+        try:
+            since = datetime.fromisoformat(value)
+        except ValueError:
+            return queryset
+        return queryset.filter(updated_at__gte=since if since.tzinfo else since.replace(tzinfo=UTC))
+
+
+class AuthorFilter(admin.SimpleListFilter):
+    title = "last changed by"
+    parameter_name = "changed_by"
+
+    def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, str]]:
+        return list(CustomerChange.Actor.choices)
+
+    def queryset(self, request: HttpRequest, queryset: QuerySet[Customer]) -> QuerySet[Customer]:
+        if (value := self.value()) not in CustomerChange.Actor.values:
+            return queryset
+        theirs = CustomerChange.objects.filter(
+            organization__in=[own.pk for own in organizations(request)], actor_kind=value
+        )
+        last = theirs.filter(customer=OuterRef("pk"), version=OuterRef("version"))
+        return narrowed(queryset, theirs.values_list("customer_id", flat=True)).filter(Exists(last))
+
+
+class DuplicatesFilter(admin.SimpleListFilter):
+    title = "has duplicates"
+    parameter_name = "duplicates"
+    fields = {"email": "email_key", "phone": "phone_key"}
+
+    def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, str]]:
+        return [("email", "With the same e-mail"), ("phone", "With the same phone")]
+
+    def queryset(self, request: HttpRequest, queryset: QuerySet[Customer]) -> QuerySet[Customer]:
+        if (column := self.fields.get(self.value() or "")) is None:
+            return queryset
+        request.counted = COUNTED_SLOWLY  # type: ignore[attr-defined] # for the paginator
+        alike = Customer.objects.filter(
+            ~Q((column, "")),
+            Q((column, OuterRef(column))),
+            organization=OuterRef("organization"),
+            merged_into=None,
+        ).exclude(pk=OuterRef("pk"))
+        # Asked of one row after the other, as far as the page goes: joined, every customer would be compared first.
+        twin = Subquery(alike.values("pk")[:1])
+        return queryset.alias(twin=twin).filter(~Q((column, "")), twin__isnull=False, merged_into=None)
+
+
+def narrowed(customers: QuerySet[Customer], ids: QuerySet[Any, Any]) -> QuerySet[Customer]:
+    """`customers`, where `ids` names few of them less the others: the caller's own condition is then asked of these."""
+    few = list(ids.order_by()[: RARE + 1])
+    return customers.filter(pk__in=few) if len(few) <= RARE else customers
+
+
+class MoreThan(int):
+    """A number that was not counted to its end: shown as "more than" it."""
+
+    def __str__(self) -> str:
+        return f"more than {int(self):,}"
+
+
+class BoundedPaginator(Paginator):  # type: ignore[type-arg] # none at run time
+    """Counts and pages to `bound` rows: neither a count nor a page ever reads a whole table."""
+
+    bound = COUNTED
+
+    @cached_property
+    def count(self) -> int:
+        rows: QuerySet[Any] = self.object_list  # type: ignore[assignment] # the admin pages through nothing else
+        number = rows.order_by().values("pk")[: self.bound + 1].count()
+        return MoreThan(self.bound) if number > self.bound else number
+
+
+class BoundedChangeList(ChangeList):
+    """Sorts by what an index can bring in order, and by nothing else."""
+
+    def get_ordering(self, request: HttpRequest, queryset: QuerySet[Any]) -> Any:
+        sortable = set(self.sortable_by or ())
+        wanted = self.params.get(ORDER_VAR, "")
+        positions = [part.lstrip("-") for part in wanted.split(".")]
+        names = [self.list_display[int(p)] for p in positions if p.isdecimal() and int(p) < len(self.list_display)]
+        if any(name not in sortable for name in names):
+            self.params.pop(ORDER_VAR, None)
+        return super().get_ordering(request, queryset)
+
+
+class LastAuthors(BoundedChangeList):
+    """Customers with who changed them last, as `last_author` and `last_kind`: read for the page's rows alone."""
+
+    def get_queryset(self, request: HttpRequest, exclude_parameters: Any = None) -> QuerySet[Any]:
+        last = CustomerChange.objects.filter(customer=OuterRef("pk"), version=OuterRef("version"))
+        rows: QuerySet[Any] = super().get_queryset(request, exclude_parameters)
+        authors = {"last_author": Subquery(last.values("actor_name")), "last_kind": Subquery(last.values("actor_kind"))}
+        found: QuerySet[Any] = rows.annotate(**authors)
+        return found
+
+
 class OwnAdmin(theme.ModelAdmin):
     """Shows and offers what belongs to the person's own organizations.
 
@@ -88,6 +235,20 @@ class OwnAdmin(theme.ModelAdmin):
     organization_path = "organization"
     show_full_result_count = False
     list_per_page = 50
+    paginator = BoundedPaginator
+    show_facets = admin.ShowFacets.NEVER  # numbers beside the filters would count whole tables
+
+    def lookup_allowed(self, lookup: str, value: Any, request: HttpRequest | None = None) -> bool:
+        """What the list offers to filter by, and related records by id.
+
+        Any other look-up could find out letter by letter what a page hides, or read a whole table.
+        """
+        names = set()
+        for choice in self.get_list_filter(request) if request else self.list_filter:
+            names.add(choice[0] if isinstance(choice, tuple) else getattr(choice, "parameter_name", choice))
+        keys = [field.name for field in self.opts.fields if field.remote_field] + ["pk", str(self.opts.pk.name)]
+        names |= {end for key in keys for end in (key, f"{key}__id", f"{key}__pk")}
+        return any(lookup == name or lookup in {f"{name}__{end}" for end in ENDS} for name in names)
 
     def get_queryset(self, request: HttpRequest) -> QuerySet[Any]:
         rows = super().get_queryset(request)
@@ -148,19 +309,44 @@ def _address(prefix: str) -> list[tuple[str, str]]:
     return [(line1, line2), (postal_code, city), (state, country)]
 
 
+def _as_text(name: str, *, clear: bool) -> Callable[[Customer], str | None]:
+    """A personal field as text: never one that a form takes back."""
+
+    @admin.display(description=label(name), empty_value="–")
+    def shown_text(customer: Customer) -> str | None:
+        value = getattr(customer, name)
+        text = value if clear else masked(name, value)
+        return (text if isinstance(text, str) else json.dumps(text, ensure_ascii=False)) if text else None
+
+    shown_text.__name__ = f"{name}_shown"
+    return shown_text
+
+
+MASKED = {name: _as_text(name, clear=False) for name in sorted(PERSONAL)}
+REVEALED = {name: _as_text(name, clear=True) for name in sorted(PERSONAL)}
+
+
+def shows_personal(request: HttpRequest, customer: Customer) -> bool:
+    """Whether this answer shows the customer's personal data: to who may see it, or has just revealed it."""
+    return sees(request.user) or getattr(request, "revealed", None) == customer.pk
+
+
+def _replaced(field: Any, shown: Mapping[str, Any]) -> Any:
+    return tuple(shown.get(one, one) for one in field) if isinstance(field, tuple) else shown.get(field, field)
+
+
 @admin.register(Customer)
 class CustomerAdmin(OwnAdmin):
     form = CustomerForm
     change_form_template = "customers/customer_form.html"
-    list_display = ["name_shown", "email", "phone", "organization", "updated", "version"]
+    list_display = ["name_shown", "email", "phone", "organization", "updated", "author", "version"]
     list_display_links = ["name_shown"]
     list_select_related = ["organization"]
-    list_filter = [OrganizationFilter, ArchivedFilter]
+    list_filter = [OrganizationFilter, ArchivedFilter, UpdatedFilter, AuthorFilter, DuplicatesFilter, CountryFilter]
     ordering = ["-updated_at", "-id"]
     search_fields = ["name"]
-    search_help_text = "Name, e-mail, phone, or any id: the hub's or another system's."
-    actions = ["archive_selected", "restore_selected"]
-    sources: Sequence[Source] = (changes, notes)  # of the timeline
+    search_help_text = "Name, e-mail, phone, tax number, or any id: the hub's or another system's."
+    sources: Sequence[Source] = (changes, notes, reveals)  # of the timeline
 
     @admin.display(description="Name", ordering="name_key")
     def name_shown(self, customer: Customer) -> str:
@@ -174,38 +360,76 @@ class CustomerAdmin(OwnAdmin):
     def updated(self, customer: Customer) -> str:
         return customer.updated_at.strftime(MOMENT)
 
-    # Finding
+    @admin.display(description="By")
+    def author(self, customer: Customer) -> str:
+        kind = dict(CustomerChange.Actor.choices).get(getattr(customer, "last_kind", None) or "")
+        return f"{customer.last_author} ({kind})" if kind else "–"  # type: ignore[attr-defined] # from `LastAuthors`
+
+    @admin.display(description="e-mail", empty_value="–")
+    def email_masked(self, customer: Customer) -> str | None:
+        return masked("email", customer.email) or None
+
+    @admin.display(description="phone", empty_value="–")
+    def phone_masked(self, customer: Customer) -> str | None:
+        return masked("phone", customer.phone) or None
+
+    # Finding and listing
+
+    def get_list_display(self, request: HttpRequest) -> list[Any]:
+        if sees(request.user):
+            return list(self.list_display)
+        return [f"{name}_masked" if name in PERSONAL else name for name in self.list_display]
+
+    def get_changelist(self, request: HttpRequest, **kwargs: Any) -> type[ChangeList]:
+        return LastAuthors
+
+    def get_sortable_by(self, request: HttpRequest) -> list[Any]:
+        """An index has the names of one organization in order, and the times of all; SQLite would sort them anew."""
+        one = len(organizations(request)) == 1 or bool(request.GET.get(OrganizationFilter.parameter_name))
+        return ["name_shown", "updated"] if one and connection.vendor == "postgresql" else ["updated"]
+
+    def get_queryset(self, request: HttpRequest) -> QuerySet[Customer]:
+        rows = super().get_queryset(request)
+        if len(own := organizations(request)) == 1:
+            rows = rows.filter(organization=own[0])
+        return rows
+
+    def get_paginator(self, request: HttpRequest, queryset: Any, per_page: int, *args: Any, **kwargs: Any) -> Any:
+        paginator: Any = super().get_paginator(request, queryset, per_page, *args, **kwargs)
+        paginator.bound = getattr(request, "counted", COUNTED)
+        if (found := getattr(request, "found", None)) is not None:
+            paginator.count = found
+        return paginator
 
     def get_search_results(
         self, request: HttpRequest, queryset: QuerySet[Any], search_term: str
     ) -> tuple[QuerySet[Any], bool]:
-        """What an id, an e-mail address, a phone number or the beginning of a name hits; without a hit, its parts."""
+        """What an id, an e-mail address, a phone or a part of a name hits, best first; see `customers.search`."""
         term = search_term.strip()
         if not term:
             return queryset, False
-        exact = self.exact_matches(request, self.get_queryset(request).order_by(), term)
-        ids = list(exact[0].union(*exact[1:])[:1000]) if exact else []
-        hits = Q(pk__in=ids)
-        if key := name_key(term):
-            hits |= Q(name_key__startswith=key)
-        if ids or queryset.filter(hits).exists():
-            return queryset.filter(hits), False
-        parts = Q(email_key__contains=email_key(term)) if email_key(term) else Q()
-        return queryset.filter(parts | Q(name_key__contains=key) if key else parts), False
+        chosen = queryset.query.order_by if request.GET.get(ORDER_VAR) else ()
+        found, request.found = search.find(  # type: ignore[attr-defined] # what the paginator need not count
+            queryset,
+            term,
+            organizations=[organization.pk for organization in organizations(request)],
+            exact=self.exact_matches(request, self.get_queryset(request).order_by(), term),
+            personal=sees(request.user),
+        )
+        return found.order_by(*chosen) if chosen else found, False
 
     def exact_matches(
         self, request: HttpRequest, customers: QuerySet[Customer], term: str
     ) -> list[QuerySet[Customer, Any]]:
         """Queries for the ids of the customers that the term names exactly."""
-        found = Q()
+        own = organizations(request)
+        wanted = [search.exactly(term, countries={organization.country for organization in own})]
         if uid := parse_public_id("cust", term):
-            found |= Q(pk=uid)
-        if "@" in term:
-            found |= Q(email_key=email_key(term))
-        countries = {organization.country for organization in organizations(request)} or {""}
-        if phones := {key for country in countries if (key := phone_key(term, country=country))}:
-            found |= Q(phone_key__in=phones)
-        return [customers.filter(found).values_list("pk", flat=True)] if found else []
+            wanted.append(Q(pk=uid))
+        if sees(request.user):
+            wanted.append(search.custom_value(term, organizations=[organization.pk for organization in own]))
+        within = customers.filter(organization__in=[organization.pk for organization in own])
+        return [within.filter(found).values_list("pk", flat=True) for found in wanted if found]
 
     # Editing
 
@@ -218,13 +442,19 @@ class CustomerAdmin(OwnAdmin):
             ("Preferences", {"fields": ["currency", ("notify_email", "notify_phone")]}),
             ("Custom fields", {"fields": ["custom_fields"]}),
         ]
+        if obj is not None and not sees(request.user):
+            shown = REVEALED if shows_personal(request, obj) else MASKED
+            for _, options in fieldsets:
+                options["fields"] = [_replaced(field, shown) for field in options["fields"]]
         allowed = self.has_add_permission(request) if obj is None else self.has_change_permission(request, obj)
         return (
             [*fieldsets, ("This change", {"fields": ["message"], "classes": ["hub-message"]})] if allowed else fieldsets
         )
 
-    def get_readonly_fields(self, request: HttpRequest, obj: Customer | None = None) -> list[str]:
-        return ["organization"] if obj else []
+    def get_readonly_fields(self, request: HttpRequest, obj: Customer | None = None) -> list[Any]:
+        if obj is None:
+            return []
+        return ["organization"] if sees(request.user) else ["organization", *MASKED.values(), *REVEALED.values()]
 
     def has_change_permission(self, request: HttpRequest, obj: Customer | None = None) -> bool:
         merged = obj is not None and obj.merged_into_id is not None
@@ -270,9 +500,13 @@ class CustomerAdmin(OwnAdmin):
         if obj is not None and getattr(form, "stale", None):
             return self._stale_page(request, form, obj)
         if obj is not None:
+            clear = shows_personal(request, obj)
+            context["masked"] = not clear
+            context["can_reveal"] = not clear and request.user.has_perm(REVEAL)
+            context["revealed"] = clear and not sees(request.user)
             context["can_archive"] = self.has_change_permission(request, obj)
             context["can_note"] = self.has_note_permission(request)
-            context["raw"] = self._raw(obj, open_=sees(request.user))
+            context["raw"] = self._raw(obj, open_=clear)
             context |= self._timeline(request, obj)
             if request.user.has_perm("customers.view_customerchange"):
                 context["all_changes"] = (
@@ -284,7 +518,7 @@ class CustomerAdmin(OwnAdmin):
         only = request.GET.get("timeline", "")
         only = only if only in (PEOPLE, SYSTEMS) else ""
         before = Cursor.parse(request.GET.get("before", ""))
-        asked = Asked(customer=customer, sees=sees(request.user), only=only, before=before)
+        asked = Asked(customer=customer, sees=shows_personal(request, customer), only=only, before=before)
         entries, older = timeline(asked, self.sources)
         return {"timeline": entries, "timeline_only": only, "timeline_before": before, "timeline_older": older}
 
@@ -369,6 +603,7 @@ class CustomerAdmin(OwnAdmin):
             self.posted("note", self.note_view),
             self.posted("archive", self.archive_view),
             self.posted("restore", self.restore_view),
+            self.posted("reveal", self.reveal_view),
             *super().get_urls(),
         ]
 
@@ -390,25 +625,29 @@ class CustomerAdmin(OwnAdmin):
         self.message_user(request, f"{customer.name} is {where}.", messages.SUCCESS)
         return self.back(customer)
 
-    @admin.action(description="Archive", permissions=["change"])
-    def archive_selected(self, request: HttpRequest, queryset: QuerySet[Customer]) -> None:
-        self._move_selected(request, queryset.filter(archived_at=None), editing.archive, "in the archive")
-
-    @admin.action(description="Restore", permissions=["change"])
-    def restore_selected(self, request: HttpRequest, queryset: QuerySet[Customer]) -> None:
-        self._move_selected(request, queryset.exclude(archived_at=None), editing.restore, "in use again")
-
-    def _move_selected(
-        self,
-        request: HttpRequest,
-        queryset: QuerySet[Customer],
-        move: Callable[..., Mapping[UUID, Any]],
-        where: str,
-    ) -> None:
-        moved = 0
-        for organization, ids in by_organization(queryset.filter(merged_into=None)):
-            moved += len(move(organization=organization, ids=ids, actor=actor_of(request)))
-        self.message_user(request, f"{moved} customers are {where}.", messages.SUCCESS)
+    def reveal_view(self, request: HttpRequest, object_id: str) -> HttpResponse:
+        """Show the page of one customer in clear, this once, and keep who looked and why."""
+        if not self.has_view_permission(request) or not request.user.has_perm(REVEAL):
+            raise PermissionDenied
+        customer = self.get_object(request, object_id)
+        person = actor_of(request)
+        reason = clean_text(request.POST.get("reason", ""))
+        Reveal.objects.create(
+            organization=customer.organization,
+            customer=customer,
+            at=timezone.now(),
+            user_id=person.id,
+            user_name=person.name[:200],
+            reason="".join(c for c in reason if not has_control_characters(c))[:500],
+            request_id=person.request_id[:64],
+        )
+        # The answer is the page itself: there is no address that shows it a second time.
+        request.revealed = customer.pk  # type: ignore[attr-defined] # for this request alone
+        request.method = "GET"
+        page = reverse("admin:customers_customer_change", args=[customer.pk])
+        response = self.changeform_view(request, str(customer.pk), page)
+        response["Cache-Control"] = "no-store"
+        return response
 
 
 def by_organization(
@@ -423,15 +662,15 @@ def by_organization(
 
 
 class Entry:
-    """One change as the timeline tells it."""
+    """One change as the timeline tells it. Without `clear`, personal values are masked."""
 
-    def __init__(self, change: CustomerChange) -> None:
+    def __init__(self, change: CustomerChange, *, clear: bool) -> None:
         self.change = change
         self.author = change.actor_name
         self.kind = change.get_actor_kind_display()
         self.at = change.at.strftime(MOMENT)
         self.fields = [
-            (label(name), shown(old), shown(new))
+            (label(name), *(shown(value if clear else masked(name, value)) for value in (old, new)))
             for name, (old, new) in change.changes.items()
             if name != "archived_at"
         ]
@@ -447,6 +686,27 @@ class Entry:
     def sentence(self) -> str:
         told = "; ".join(f"{name} from {old} to {new}" for name, old, new in self.fields)
         return f"{self.deed} {told}" if self.deed == "changed" else self.deed
+
+
+@admin.register(Reveal)
+class RevealAdmin(ReadOnlyAdmin):
+    """Who looked at whose personal data."""
+
+    list_display = ["moment", "customer_link", "user_name", "reason"]
+    list_display_links = ["moment"]
+    list_select_related = ["customer"]
+    list_filter = [OrganizationFilter]
+    ordering = ["-id"]
+    sortable_by = ["moment"]
+    fields = ["moment", "customer_link", "user_name", "reason", "request_id", "organization"]
+
+    @admin.display(description="Time", ordering="id")
+    def moment(self, reveal: Reveal) -> str:
+        return reveal.at.strftime(MOMENT)
+
+    @admin.display(description="Customer")
+    def customer_link(self, reveal: Reveal) -> str:
+        return link_to("admin:customers_customer_change", reveal.customer_id, text=reveal.customer.name)
 
 
 @admin.register(CustomerChange)
@@ -472,10 +732,23 @@ class CustomerChangeAdmin(ReadOnlyAdmin):
 
     @admin.display(description="What")
     def sentence(self, change: CustomerChange) -> str:
-        return Entry(change).sentence
+        return Entry(change, clear=True).sentence
+
+    @admin.display(description="What")
+    def sentence_masked(self, change: CustomerChange) -> str:
+        return Entry(change, clear=False).sentence
+
+    def get_list_display(self, request: HttpRequest) -> list[Any]:
+        return self._shown(request, self.list_display)
+
+    def get_fields(self, request: HttpRequest, obj: CustomerChange | None = None) -> list[Any]:
+        return self._shown(request, self.fields)
+
+    def _shown(self, request: HttpRequest, names: Iterable[Any]) -> list[Any]:
+        return ["sentence_masked" if name == "sentence" and not sees(request.user) else name for name in names]
 
 
-class TickedAdmin(theme.ModelAdmin):
+class Ticked(BaseModelAdmin):  # type: ignore[type-arg] # none at run time
     """Offers what is many as boxes to tick: Django's two lists need scripts, and more width than a phone has."""
 
     filter_horizontal = ()
@@ -486,7 +759,7 @@ class TickedAdmin(theme.ModelAdmin):
 
 
 @admin.register(Organization)
-class OrganizationAdmin(TickedAdmin):
+class OrganizationAdmin(Ticked, theme.ModelAdmin):
     """Who works with whose customers: for superusers alone."""
 
     list_display = ["name", "slug", "country"]
@@ -518,12 +791,52 @@ admin.site.site_header = admin.site.site_title = "Customer Hub"
 
 
 @admin.register(User)
-class UserAdmin(TickedAdmin, DjangoUserAdmin):  # type: ignore[type-arg] # none at run time
+class UserAdmin(Ticked, DjangoUserAdmin, theme.ModelAdmin):  # type: ignore[type-arg] # none at run time
+    """People. Who is no superuser sees those of the own organizations, and gives nobody more than they have."""
+
     form = theme.UserChangeForm
     add_form = theme.UserCreationForm
     change_password_form = theme.AdminPasswordChangeForm
 
+    def get_queryset(self, request: HttpRequest) -> QuerySet[User]:
+        people: QuerySet[User] = super().get_queryset(request)
+        if getattr(request.user, "is_superuser", False):
+            return people
+        own = [organization.pk for organization in organizations(request)]
+        theirs = Organization.objects.filter(members=OuterRef("pk"))
+        return people.filter(Exists(theirs.filter(pk__in=own)), ~Exists(theirs.exclude(pk__in=own)), is_superuser=False)
+
+    def has_change_permission(self, request: HttpRequest, obj: User | None = None) -> bool:
+        if not super().has_change_permission(request, obj):
+            return False
+        if obj is None or getattr(request.user, "is_superuser", False):
+            return True
+        return obj.get_all_permissions() <= request.user.get_all_permissions()
+
+    def get_readonly_fields(self, request: HttpRequest, obj: User | None = None) -> list[Any]:
+        return [] if getattr(request.user, "is_superuser", False) else ["is_superuser", "user_permissions"]
+
+    def formfield_for_manytomany(self, db_field: Any, request: Any = None, **kwargs: Any) -> Any:
+        if db_field.name == "groups" and not getattr(request.user, "is_superuser", False):
+            own = request.user.get_all_permissions()
+            groups = Group.objects.prefetch_related("permissions__content_type")
+            kwargs["queryset"] = Group.objects.filter(
+                pk__in=[
+                    group.pk
+                    for group in groups
+                    if {f"{p.content_type.app_label}.{p.codename}" for p in group.permissions.all()} <= own
+                ]
+            )
+        return super().formfield_for_manytomany(db_field, request, **kwargs)
+
+    def save_model(self, request: HttpRequest, obj: User, form: Any, change: bool) -> None:
+        super().save_model(request, obj, form, change)
+        if not change and not getattr(request.user, "is_superuser", False):
+            # Of no organization they would be nobody's, and this person could not even open them again.
+            for organization in organizations(request):
+                organization.members.add(obj)
+
 
 @admin.register(Group)
-class GroupAdmin(TickedAdmin, DjangoGroupAdmin):
+class GroupAdmin(Ticked, DjangoGroupAdmin, theme.ModelAdmin):
     pass

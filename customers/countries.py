@@ -275,3 +275,6 @@ ALPHA2: frozenset[str] = frozenset(row[:2] for row in _ROWS)
 
 CODE_OF: dict[str, str] = {spelling: code for row in _ROWS for spelling, code in _spellings(row).items()}
 """Alpha-2 code by normalised spelling: either code or any name."""
+
+NAME_OF: dict[str, str] = {row[:2]: " ".join(row.split()).split(" ", 2)[2].split("; ")[0] for row in _ROWS}
+"""A name by alpha-2 code, casefolded."""

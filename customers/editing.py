@@ -251,6 +251,11 @@ def create(
     return customers
 
 
+def draft(*, organization: Organization) -> Customer:
+    """A customer that is not stored and never is: to ask what a system would be sent."""
+    return Customer(id=uuid7(), organization=organization)
+
+
 def lock(*, organization: Organization, ids: Iterable[UUID]) -> dict[UUID, Customer]:
     """The customers with these ids, locked until the transaction ends; the id of a merged one leads to its survivor.
 

@@ -115,6 +115,17 @@ class Customer(models.Model):
                 fields=["organization", "phone_key"], name="customer_phone", condition=~models.Q(phone_key="")
             ),
             models.Index(fields=["-updated_at", "-id"], name="customer_recent"),
+            models.Index(fields=["organization", "-updated_at", "-id"], name="customer_recent_of"),
+            models.Index(
+                fields=["organization", "address_country_code"],
+                name="customer_country",
+                condition=~models.Q(address_country_code=""),
+            ),
+            models.Index(
+                fields=["organization", "-updated_at"],
+                name="customer_archived",
+                condition=models.Q(archived_at__isnull=False),
+            ),
         ]
         permissions = [
             ("import_customer", "Can import customers"),
@@ -174,6 +185,7 @@ class CustomerChange(models.Model):
         indexes = [
             models.Index(fields=["organization", "id"], name="change_feed"),
             models.Index(fields=["organization", "tx", "id"], name="change_order"),
+            models.Index(fields=["organization", "actor_kind", "id"], name="change_author"),
         ]
         default_permissions = ("view",)
 
@@ -229,3 +241,22 @@ class Note(models.Model):
 
     def __str__(self) -> str:
         return f"note by {self.author_name}"
+
+
+class Reveal(models.Model):
+    """Somebody without the right to see personal data looked at one customer's, once, and why. Never edited."""
+
+    organization = models.ForeignKey(Organization, on_delete=models.PROTECT, related_name="+", db_index=False)
+    customer = models.ForeignKey(Customer, on_delete=models.PROTECT, related_name="reveals")
+    at = models.DateTimeField()
+    user_id = models.CharField(max_length=64)
+    user_name = models.CharField(max_length=200)
+    reason = models.CharField(max_length=500, blank=True)
+    request_id = models.CharField(max_length=64, blank=True)
+
+    class Meta:
+        indexes = [models.Index(fields=["organization", "-id"], name="reveal_list")]
+        default_permissions = ("view",)
+
+    def __str__(self) -> str:
+        return f"{self.customer} revealed to {self.user_name}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,9 @@ PERSONAL = frozenset(
     | {f"{prefix}_{part}" for prefix in ("address", "shipping_address") for part in ADDRESS if part != "country"}
 )
 HIDDEN = "•••"
+NEEDS_RIGHT = "Shown to those who may see personal data."
+_ADDRESS = re.compile(r"[^\s@<>\"'(),;:]+@[^\s@<>\"'(),;:]+")
+_NUMBER = re.compile(r"\+?\d(?:[\s./()-]{0,2}\d){5,}")
 
 
 def sees(user: Model | AnonymousUser) -> bool:
@@ -43,3 +47,14 @@ def masked(name: str, value: Any) -> Any:
 
 def masked_all(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: masked(name, value) for name, value in values.items()}
+
+
+def redacted(text: str, values: Mapping[str, Any] | None = None) -> str:
+    """A sentence that another system or a person wrote, without e-mail addresses and long numbers.
+
+    `values` are a customer's fields: what is personal among them is hidden too where the sentence quotes it.
+    """
+    for name, value in (values or {}).items():
+        if name in PERSONAL and isinstance(value, str) and len(value) > 2:
+            text = re.sub(re.escape(value), HIDDEN, text, flags=re.IGNORECASE)
+    return _NUMBER.sub(HIDDEN, _ADDRESS.sub(HIDDEN, text))

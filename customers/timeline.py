@@ -10,13 +10,11 @@ from typing import Any
 from django.db.models import Q, QuerySet
 
 from customers.forms import label, shown
-from customers.models import Customer, CustomerChange, MergeRecord, Note
-from customers.privacy import HIDDEN, PERSONAL, masked
+from customers.models import Customer, CustomerChange, MergeRecord, Note, Reveal
+from customers.privacy import masked, redacted
 
 ROWS = 20
 PEOPLE, SYSTEMS = "people", "systems"
-# Shorter texts are too often part of another word.
-SHORTEST_HIDDEN = 4
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -94,19 +92,11 @@ class Asked:
         return shown(value if self.sees else masked(name, value))
 
     def text(self, text: str) -> str:
-        return text if self.sees else without_personal(text, self.customer)
+        """A sentence, perhaps another system's, as this reader may see it."""
+        return text if self.sees else redacted(text, vars(self.customer))
 
 
 Source = Callable[[Asked], list[Event]]
-
-
-def without_personal(text: str, customer: Customer) -> str:
-    """A sentence, perhaps another system's, without what it quotes of this customer's personal data."""
-    for name in PERSONAL:
-        value = getattr(customer, name)
-        if isinstance(value, str) and len(value) >= SHORTEST_HIDDEN:
-            text = text.replace(value, str(masked(name, value)) or HIDDEN)
-    return text
 
 
 def timeline(asked: Asked, sources: Sequence[Source]) -> tuple[list[Event], Cursor | None]:
@@ -129,7 +119,7 @@ def timeline(asked: Asked, sources: Sequence[Source]) -> tuple[list[Event], Curs
 
 # What the hub itself knows
 
-CHANGES, NOTES = 30, 10
+CHANGES, NOTES, REVEALS = 30, 10, 5
 
 
 def changes(asked: Asked) -> list[Event]:
@@ -211,4 +201,24 @@ def notes(asked: Asked) -> list[Event]:
             sort="Note",
         )
         for note in asked.page(rows, rank=NOTES)
+    ]
+
+
+def reveals(asked: Asked) -> list[Event]:
+    """Who without the right to see personal data looked at this customer's."""
+    if asked.only == SYSTEMS:
+        return []
+    return [
+        Event(
+            at=look.at,
+            rank=REVEALS,
+            pk=look.pk,
+            author=look.user_name,
+            deed="looked at the personal data",
+            message=look.reason,
+            request_id=look.request_id,
+            icon="◉",
+            sort="Reveal",
+        )
+        for look in asked.page(Reveal.objects.filter(customer=asked.customer), rank=REVEALS)
     ]

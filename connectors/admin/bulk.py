@@ -103,7 +103,7 @@ class BulkActions(CustomerAdmin):
             return self._request(request, wanted, chosen)
         limit = LOOKED_AT if len(connections) <= MANY_SYSTEMS else FEWER
         targets = [self._target(request, connection, chosen, limit) for connection in connections]
-        return self._page(
+        return self._bulk_page(
             request, "connectors/push_selected.html", "push_selected", queryset, total,
             title="Push to connected systems", targets=targets,
         )  # fmt: skip
@@ -182,7 +182,7 @@ class BulkActions(CustomerAdmin):
             }
             return TemplateResponse(request, "connectors/check.html", context)
         rows = [(c, connection_badge(c, now=timezone.now()), len(chosen[c.organization_id])) for c in connections]
-        return self._page(
+        return self._bulk_page(
             request, "connectors/check_selected.html", "check_selected", queryset, sum(map(len, chosen.values())),
             title="Check against a system", rows=rows, most=checking.CHECKED,
         )  # fmt: skip
@@ -190,15 +190,11 @@ class BulkActions(CustomerAdmin):
     # Archiving
 
     @admin.action(description="Archive…", permissions=["change"])
-    def archive_selected(  # type: ignore[override] # shows a page first
-        self, request: HttpRequest, queryset: QuerySet[Customer]
-    ) -> HttpResponse | None:
+    def archive_selected(self, request: HttpRequest, queryset: QuerySet[Customer]) -> HttpResponse | None:
         return self._move_after_a_page(request, queryset, "archive", queryset.filter(archived_at=None))
 
     @admin.action(description="Restore…", permissions=["change"])
-    def restore_selected(  # type: ignore[override] # as above
-        self, request: HttpRequest, queryset: QuerySet[Customer]
-    ) -> HttpResponse | None:
+    def restore_selected(self, request: HttpRequest, queryset: QuerySet[Customer]) -> HttpResponse | None:
         return self._move_after_a_page(request, queryset, "restore", queryset.exclude(archived_at=None))
 
     def _move_after_a_page(
@@ -218,7 +214,7 @@ class BulkActions(CustomerAdmin):
             direction__in=Connection.PUSHING,
             archive_policy=Connection.ArchivePolicy.DELETE,
         )
-        return self._page(
+        return self._bulk_page(
             request, "connectors/move_selected.html", f"{deed}_selected", queryset, total,
             title=f"{deed.capitalize()} customers", deed=deed, deletes=list(deletes),
             examples=list(customers.filter(merged_into=None).order_by("name_key")[:5]),
@@ -270,7 +266,7 @@ class BulkActions(CustomerAdmin):
         self.message_user(request, text, messages.WARNING)
         return True
 
-    def _page(
+    def _bulk_page(
         self, request: HttpRequest, template: str, action: str, queryset: QuerySet[Customer], total: int, **more: Any
     ) -> HttpResponse:
         context = {

@@ -9,7 +9,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
 from uuid import UUID
 
 from django.core import signing
@@ -36,8 +35,7 @@ from customers.editing import EDITABLE
 from customers.forms import label, shown
 from customers.ids import uuid7
 from customers.models import Customer
-from customers.privacy import PERSONAL, masked, sees
-from customers.timeline import without_personal
+from customers.privacy import PERSONAL, masked, redacted, sees
 
 READ_SECONDS = 10.0
 MARK_AGE = 24 * 3600
@@ -51,6 +49,7 @@ WORDS: Mapping[Will, tuple[str, str]] = {
     Will.CONFLICT: ("⇄", "conflict: changed on both sides. It waits until somebody decides"),
     Will.TAKEN: ("⇠", "is taken into the hub: changed there alone"),
     Will.STAYS: ("–", "stays as it is there: the hub has not changed it"),
+    Will.EMPTY: ("–", "empty"),
     Will.UNKNOWN: ("?", "cannot tell what is there"),
     Will.NOT_MAPPED: ("–", "not mapped"),
 }
@@ -125,11 +124,7 @@ def read_record(
     return Read(at=now, record=record, elapsed=elapsed)
 
 
-def shown_there(value: Any) -> str:
-    return "not known" if value is UNKNOWN else shown(value)
-
-
-def _line(row: Row, connection: Connection, *, open_: bool) -> Line:
+def _line(row: Row, connection: Connection, *, open_: bool, creates: bool) -> Line:
     icon, words = WORDS[row.will]
     hidden = not open_ and row.name in PERSONAL
     there = row.there if row.there is UNKNOWN or open_ else masked(row.name, row.there)
@@ -137,7 +132,7 @@ def _line(row: Row, connection: Connection, *, open_: bool) -> Line:
     return Line(
         title=label(row.name),
         here=shown(row.here if open_ else masked(row.name, row.here)),
-        there=shown_there(there),
+        there=("–" if creates else "not known") if there is UNKNOWN else shown(there),
         icon=icon,
         words=words.format(system=connection.name),
         sent_as=", ".join(sent),
@@ -210,7 +205,7 @@ def _compared(
     mark_uid: UUID,
 ) -> Compared:
     def told(text: str) -> str:
-        return text if open_ else without_personal(text, customer)
+        return text if open_ else redacted(text, vars(customer))
 
     fetches = provider.capabilities(connection).fetches
     result = Compared(
@@ -218,7 +213,11 @@ def _compared(
         link=link,
         badge=link_badge(key),
         sentence=told(sentence),
-        lines=[_line(row, connection, open_=open_) for row in made.rows if row.will is not Will.NOT_MAPPED],
+        lines=[
+            _line(row, connection, open_=open_, creates=made.creates)
+            for row in made.rows
+            if row.will is not Will.NOT_MAPPED
+        ],
         unmapped=[label(row.name) for row in made.rows if row.will is Will.NOT_MAPPED],
         requests=[_request(request, open_) for request in made.requests],
         made=made,
@@ -275,7 +274,7 @@ class CompareAdmin(CustomerAdmin):
         if not self.has_view_permission(request) or not self.has_compare_permission(request):
             raise PermissionDenied
         customer = self.get_object(request, object_id)
-        return self._page(request, customer, self.chosen(customer, request.GET.get("connection", "")))
+        return self._compare_page(request, customer, self.chosen(customer, request.GET.get("connection", "")))
 
     def read_view(self, request: HttpRequest, object_id: str) -> HttpResponse:
         """The same with what is there now."""
@@ -301,7 +300,7 @@ class CompareAdmin(CustomerAdmin):
             reads[connection.pk] = read_record(
                 connection, provider, remote_id, request_id=getattr(request, "request_id", "")
             )
-        return self._page(request, customer, connections, reads)
+        return self._compare_page(request, customer, connections, reads)
 
     def chosen(self, customer: Customer, text: str) -> list[Connection]:
         """The connection that is named, or all that the hub sends to. Another organization's is not found."""
@@ -313,7 +312,7 @@ class CompareAdmin(CustomerAdmin):
             raise Http404
         return found
 
-    def _page(
+    def _compare_page(
         self,
         request: HttpRequest,
         customer: Customer,

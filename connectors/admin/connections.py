@@ -79,6 +79,7 @@ class ConnectionForm(ModelForm):
             "pull_interval",
             "rate",
             "burst",
+            "day_limit",
             "options",
         )
 
@@ -138,6 +139,12 @@ class ConnectionForm(ModelForm):
         if burst == 0:
             raise ValidationError("Give at least 1, or nothing.")
         return burst
+
+    def clean_day_limit(self) -> int | None:
+        limit: int | None = self.cleaned_data["day_limit"]
+        if limit == 0:
+            raise ValidationError("Give at least 1, or nothing.")
+        return limit
 
     def clean_field_policies(self) -> dict[str, str]:
         chosen = self.cleaned_data["field_policies"] or {}
@@ -232,7 +239,10 @@ class ConnectionAdmin(FirstSteps, OwnAdmin):
                 "Creating and deleting",
                 {"fields": ["create_policy", "adopt_existing", "delete_policy", "archive_policy"]},
             ),
-            ("Schedule and limits", {"fields": ["pull_cron", "pull_interval", "rate", "burst", "options"]}),
+            (
+                "Schedule and limits",
+                {"fields": ["pull_cron", "pull_interval", "rate", "burst", "day_limit", "options"]},
+            ),
         ]
 
     def get_form(self, request: HttpRequest, obj: Connection | None = None, change: bool = False, **kwargs: Any) -> Any:
@@ -321,7 +331,7 @@ class ConnectionAdmin(FirstSteps, OwnAdmin):
     def _facts(self, request: HttpRequest, obj: Connection, *, now: datetime) -> dict[str, Any]:
         """What the page tells besides the settings, in a constant number of queries."""
         provider = PROVIDERS.get(obj.provider)
-        queue = overview.queue(obj, now=now)
+        queue = overview.queue(obj, sees=sees(request.user), now=now)
         parked, oldest_due = queue.parked, queue.oldest_due
         may_see_customers = request.user.has_perm("customers.view_customer")
         example = mapping = None

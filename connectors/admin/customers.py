@@ -12,16 +12,17 @@ from uuid import UUID
 
 from django.contrib import admin, messages
 from django.core.exceptions import PermissionDenied
-from django.db.models import Exists, OuterRef, Prefetch, Q, QuerySet, prefetch_related_objects
+from django.db.models import Prefetch, Q, QuerySet, prefetch_related_objects
 from django.http import Http404, HttpRequest, HttpResponse, HttpResponseRedirect
 from django.urls import NoReverseMatch, URLPattern, reverse
 from django.utils import timezone
 from django.utils.html import format_html, format_html_join
 
 from connectors.admin import history
-from connectors.admin.badges import connection_choices, link_badge, status_column, summary
+from connectors.admin.badges import link_badge, summary
 from connectors.admin.bulk import BulkActions
 from connectors.admin.compare import uid_of_mark
+from connectors.admin.filters import ReasonFilter, StateFilter, SystemFilter
 from connectors.admin.linking import LinkAdmin
 from connectors.admin.tables import Tables
 from connectors.exceptions import ConnectionUnusable, RetryLater
@@ -34,61 +35,22 @@ from connectors.sync.merge import same
 from connectors.sync.plan import changed_values
 from connectors.sync.push import push
 from connectors.sync.request import request as request_push
-from customers.admin import MOMENT, CustomerAdmin, actor_of, organizations
+from customers.admin import MOMENT, CustomerAdmin, actor_of, organizations, shows_personal
 from customers.editing import EDITABLE, Actor
 from customers.forms import label
 from customers.ids import parse_public_id
 from customers.models import Customer
-from customers.privacy import sees
-from customers.timeline import Asked, without_personal
+from customers.privacy import redacted
+from customers.timeline import Asked
 
 # One button press waits this long for one answer, and about this long in all; the worker does what is left.
 CALL_SECONDS = 10.0
 PRESS_SECONDS = 20.0
 LEVELS = {"success": messages.SUCCESS, "warning": messages.WARNING, "danger": messages.ERROR}
 # A link in one of these states waits for a person's decision.
+RESOLVE = "admin:connectors_customerlink_resolve"
 ASKS = ("conflict", "uncertain", "remote_deleted", "duplicate")
 BULKY = ("remote_data", "base_local", "base_remote")
-
-
-class SystemFilter(admin.SimpleListFilter):
-    """Together with the state: customers with a link in this state in this system."""
-
-    title = "system"
-    parameter_name = "system"
-
-    def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, str]]:
-        return connection_choices(request)
-
-    def queryset(self, request: HttpRequest, queryset: QuerySet[Customer]) -> QuerySet[Customer]:
-        if (value := self.value()) and not request.GET.get(StateFilter.parameter_name):
-            return queryset.filter(Exists(_links_in(value)))
-        return queryset
-
-
-class StateFilter(admin.SimpleListFilter):
-    title = "state there"
-    parameter_name = "state"
-
-    def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, str]]:
-        return [(status.key, f"{status.icon} {status.word}") for status in STATUSES.values()]
-
-    def queryset(self, request: HttpRequest, queryset: QuerySet[Customer]) -> QuerySet[Customer]:
-        state = self.value()
-        if state not in STATUSES:
-            return queryset
-        links = _links_in(request.GET.get(SystemFilter.parameter_name))
-        if state == "not_linked":
-            return queryset.filter(~Exists(links))
-        there = links.annotate(shown_state=status_column(now=timezone.now())).filter(shown_state=state)
-        return queryset.filter(Exists(there))
-
-
-def _links_in(connection: str | None) -> QuerySet[CustomerLink]:
-    links = CustomerLink.objects.filter(customer=OuterRef("pk"))
-    if connection:
-        return links.filter(connection=int(connection)) if connection.isdecimal() else links.none()
-    return links
 
 
 def reads_one(provider: Provider, connection: Connection) -> bool:
@@ -137,7 +99,7 @@ class System:
         if self.link is None or self.key not in ASKS:
             return ""
         try:
-            return reverse("admin:connectors_customerlink_resolve", args=[self.link.pk])
+            return reverse(RESOLVE, args=[self.link.pk])
         except NoReverseMatch:
             return ""
 
@@ -207,6 +169,8 @@ def hints(
 ) -> dict[str, list[tuple[str, str, bool]]]:
     """What to say beside each field: (icon, words, whether it needs attention)."""
     said: dict[str, list[tuple[str, str, bool]]] = {}
+    demanding: dict[str, list[str]] = {}
+    lacking: dict[str, list[str]] = {}
     for system in systems:
         provider = PROVIDERS.get(system.connection.provider)
         if provider is None:
@@ -215,13 +179,17 @@ def hints(
         if system.connection.pushes and not (system.link and (system.link.is_duplicate or system.link.deleted_at)):
             for needed, others in provider.required.items():
                 if needed in system.missing:
-                    text = f"Needed by {name}: it is not sent there while this is empty."
-                    said.setdefault(needed, []).append(("⚠", text, True))
-                elif not others:
-                    said.setdefault(needed, []).append(("", f"Needed by {name}.", False))
+                    lacking.setdefault(needed, []).append(name)
+                elif not others and needed != "name":  # which the hub itself demands
+                    demanding.setdefault(needed, []).append(name)
         for one in system.differs:
             icon = "⇄" if one.why == "in conflict" else "≠"
             said.setdefault(one.name, []).append((icon, f"{name}: {told(one.name, one.there)} ({one.why})", False))
+    for needed, names in demanding.items():
+        said.setdefault(needed, []).append(("", f"Needed by {', '.join(names)}.", False))
+    for needed, names in lacking.items():
+        text = f"Needed by {', '.join(names)}: the customer is not sent there while this is empty."
+        said.setdefault(needed, []).append(("⚠", text, True))
     return {name: lines for name, lines in said.items() if name in fields}
 
 
@@ -316,8 +284,8 @@ class LinkedCustomerAdmin(BulkActions, Tables, LinkAdmin):
 
     sources = history.SOURCES
     change_form_template = "connectors/customer_form.html"
-    list_display = ["name_shown", "email", "phone", "organization", "systems", "updated", "version"]
-    list_filter = [*CustomerAdmin.list_filter, SystemFilter, StateFilter]
+    list_display = ["name_shown", "email", "phone", "organization", "systems", "updated", "author", "version"]
+    list_filter = [SystemFilter, StateFilter, ReasonFilter, *CustomerAdmin.list_filter]
     change_list_template = "connectors/customer_list.html"
 
     # Finding and listing
@@ -338,10 +306,13 @@ class LinkedCustomerAdmin(BulkActions, Tables, LinkAdmin):
     def exact_matches(
         self, request: HttpRequest, customers: QuerySet[Customer], term: str
     ) -> list[QuerySet[Customer, Any]]:
-        linked = Q(links__remote_id=term)
-        if uid := parse_public_id("cust", term):
-            linked |= Q(links__uid=uid)
-        ids = customers.filter(linked).values_list("pk", flat=True)
+        linked = Q(remote_id=term)
+        if uid := parse_public_id("lnk", term):
+            linked |= Q(uid=uid)
+        if term.isdecimal() and len(term) < 19:
+            linked |= Q(pk=int(term))
+        links = CustomerLink.objects.filter(linked)
+        ids = customers.filter(pk__in=links.values("customer")).values_list("pk", flat=True)
         return [*super().exact_matches(request, customers, term), ids]
 
     # One customer
@@ -362,13 +333,13 @@ class LinkedCustomerAdmin(BulkActions, Tables, LinkAdmin):
         form = context["adminform"].form
         if obj is None:
             own = Connection.objects.filter(organization__in=organizations(request), direction__in=Connection.PUSHING)
-            put_hints(form, [_system(Customer(), one, None, timezone.now()) for one in own], told=lambda *_: "")
+            put_hints(form, [_system(form.instance, one, None, timezone.now()) for one in own], told=lambda *_: "")
         elif not getattr(form, "stale", None):
             self._add_systems(request, context, obj)
         return super().render_change_form(request, context, add, change, form_url, obj)
 
     def _add_systems(self, request: HttpRequest, context: dict[str, Any], customer: Customer) -> None:
-        asked = Asked(customer=customer, sees=sees(request.user))
+        asked = Asked(customer=customer, sees=shows_personal(request, customer))
         # A refused save leaves what was typed on the customer: what systems have is compared with what is stored.
         stored = Customer.objects.get(pk=customer.pk) if request.method == "POST" else customer
         systems = systems_of(stored, now=timezone.now())
@@ -440,7 +411,7 @@ class LinkedCustomerAdmin(BulkActions, Tables, LinkAdmin):
         if not told:
             told = [(messages.WARNING, "There is no system that the hub sends to. Add a connection first.")]
         for level, text in told:
-            text = text if sees(request.user) else without_personal(text, customer)
+            text = text if shows_personal(request, customer) else redacted(text, vars(customer))
             self.message_user(request, text, level)
         return self._back_to_preview(customer, chosen) if from_preview else self.back(customer)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from connectors.models import Conflict, PushIntent
 from customers.forms import label
 from customers.models import CustomerChange
-from customers.timeline import PEOPLE, SYSTEMS, Asked, Event, Source, changes, notes
+from customers.timeline import PEOPLE, SYSTEMS, Asked, Event, Source, changes, notes, reveals
 
 PUSHES, DECIDED, CONFLICTS = 40, 20, 15
 THERE = {
@@ -116,4 +116,4 @@ def decisions(asked: Asked) -> list[Event]:
     ]
 
 
-SOURCES: Sequence[Source] = (changes, notes, pushes, conflicts, decisions)
+SOURCES: Sequence[Source] = (changes, notes, reveals, pushes, conflicts, decisions)

@@ -24,7 +24,7 @@ from customers.theme import CheckboxSelectMultiple, ModelForm
 class ApiKeyForm(ModelForm):
     class Meta:
         model = ApiKey
-        fields = ("organization", "name", "scopes", "expires_at", "rate")
+        fields = ("organization", "name", "scopes", "expires_at", "rate", "strict")
 
     def clean_expires_at(self) -> Any:
         moment = self.cleaned_data["expires_at"]
@@ -88,11 +88,11 @@ class ApiKeyAdmin(OwnAdmin):
 
     def get_fields(self, request: HttpRequest, obj: ApiKey | None = None) -> list[Any]:
         if obj is None:
-            return ["organization", "name", "scopes", "expires_at", "rate"]
-        return ["organization", "name", "prefix_shown", "scopes_shown", "rate", "state", "used", "expires"]
+            return ["organization", "name", "scopes", "expires_at", "rate", "strict"]
+        return ["organization", "name", "prefix_shown", "scopes_shown", "rate", "strict", "state", "used", "expires"]
 
     def get_readonly_fields(self, request: HttpRequest, obj: ApiKey | None = None) -> list[str]:
-        return [name for name in self.get_fields(request, obj) if name not in ("name", "rate")] if obj else []
+        return [name for name in self.get_fields(request, obj) if name not in ("name", "rate", "strict")] if obj else []
 
     def formfield_for_dbfield(self, db_field: Any, request: HttpRequest, **kwargs: Any) -> Any:
         if db_field.name == "scopes":
@@ -107,10 +107,15 @@ class ApiKeyAdmin(OwnAdmin):
     @sensitive_variables("secret")
     def save_model(self, request: HttpRequest, obj: ApiKey, form: Any, change: bool) -> None:
         if change:
-            obj.save(update_fields=["name", "rate"])
+            obj.save(update_fields=["name", "rate", "strict"])
             return
         issued, secret = ApiKey.issue(
-            organization=obj.organization, name=obj.name, scopes=obj.scopes, expires_at=obj.expires_at, rate=obj.rate
+            organization=obj.organization,
+            name=obj.name,
+            scopes=obj.scopes,
+            expires_at=obj.expires_at,
+            rate=obj.rate,
+            strict=obj.strict,
         )
         obj.__dict__.update(issued.__dict__)
         request.issued_secret = secret  # type: ignore[attr-defined] # kept no longer than this request

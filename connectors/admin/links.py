@@ -9,7 +9,8 @@ from django.db.models import Q, QuerySet
 from django.http import HttpRequest, HttpResponse
 from django.utils import timezone
 
-from connectors.admin.badges import ConnectionFilter, link_badge, status_column
+from connectors.admin.badges import ConnectionFilter, link_badge
+from connectors.admin.filters import chosen_connections, in_status
 from connectors.admin.needs import kind_of
 from connectors.admin.resolving import ResolvePages
 from connectors.models import CustomerLink
@@ -18,6 +19,8 @@ from customers import jsontext
 from customers.admin import MOMENT, link_to
 from customers.ids import parse_public_id
 from customers.normalize import email_key, name_key
+from customers.privacy import NEEDS_RIGHT, redacted, sees
+from customers.search import beginning
 
 INTENTS_SHOWN = 10
 
@@ -36,7 +39,8 @@ class LinkStateFilter(admin.SimpleListFilter):
     def queryset(self, request: HttpRequest, queryset: QuerySet[CustomerLink]) -> QuerySet[CustomerLink]:
         if (value := self.value()) not in STATUSES:
             return queryset
-        return queryset.alias(shown_state=status_column(now=timezone.now())).filter(shown_state=value)
+        connections = chosen_connections(request, ConnectionFilter.parameter_name)
+        return queryset.filter(pk__in=in_status(value, connections, now=timezone.now()).values("pk"))
 
 
 @admin.register(CustomerLink)
@@ -60,9 +64,9 @@ class CustomerLinkAdmin(ResolvePages):
         if uid := parse_public_id("cust", term):
             wanted |= Q(customer=uid) | Q(uid=uid)
         if "@" in term:
-            wanted |= Q(customer__email_key=email_key(term))
+            wanted |= Q(customer__email_key=email_key(term)) & ~Q(customer__email_key="")
         elif key := name_key(term):
-            wanted |= Q(customer__name_key__startswith=key)
+            wanted |= beginning("customer__name_key", key)
         return queryset.filter(wanted), False
 
     @admin.display(description="Customer", ordering="customer__name_key")
@@ -81,6 +85,15 @@ class CustomerLinkAdmin(ResolvePages):
     def synced(self, link: CustomerLink) -> str | None:
         return link.synced_at.strftime(MOMENT) if link.synced_at else None
 
+    @admin.display(description="Error")
+    def error_masked(self, link: CustomerLink) -> str:
+        return redacted(link.error, vars(link.customer))
+
+    def get_list_display(self, request: HttpRequest) -> list[Any]:
+        if sees(request.user):
+            return list(self.list_display)
+        return ["error_masked" if name == "error" else name for name in self.list_display]
+
     def render_change_form(
         self,
         request: HttpRequest,
@@ -92,6 +105,10 @@ class CustomerLinkAdmin(ResolvePages):
     ) -> HttpResponse:
         if obj is not None:
             now = timezone.now()
+            clear = sees(request.user)
+            values = {} if clear else vars(obj.customer)
+            if not clear:
+                obj.error = redacted(obj.error, values)  # shown, never saved
             context |= {
                 "title": f"{obj.customer.name} in {obj.connection}",
                 "badge": link_badge(obj.status_key(now=now)),
@@ -101,7 +118,14 @@ class CustomerLinkAdmin(ResolvePages):
                 "connection_link": link_to(
                     "admin:connectors_connection_change", obj.connection_id, text=obj.connection.name
                 ),
-                "document": pretty(obj.remote_data),
-                "intents": [(intent, pretty(intent.payload)) for intent in obj.intents.order_by("-pk")[:INTENTS_SHOWN]],
+                "document": pretty(obj.remote_data) if clear else NEEDS_RIGHT,
+                "intents": [
+                    (
+                        intent,
+                        intent.error if clear else redacted(intent.error, values),
+                        pretty(intent.payload) if clear else NEEDS_RIGHT,
+                    )
+                    for intent in obj.intents.order_by("-pk")[:INTENTS_SHOWN]
+                ],
             }
         return super().render_change_form(request, context, add, change, form_url, obj)

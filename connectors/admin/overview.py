@@ -19,11 +19,12 @@ from connectors.provider import Provider
 from connectors.states import STATUSES, LinkState
 from connectors.sync import limits
 from connectors.sync.claim import due
-from customers.editing import EDITABLE, FLAGS
+from customers.editing import EDITABLE, FLAGS, draft
 from customers.forms import label, shown
 from customers.ids import parse_public_id, uuid7
 from customers.models import Customer
-from customers.privacy import HIDDEN, PERSONAL, masked
+from customers.normalize import country_code, email_key, name_key, phone_key
+from customers.privacy import HIDDEN, PERSONAL, masked, redacted
 
 # Up to here every state of a connection's links is counted; of a larger one, what an index can count.
 COUNTED = 100_000
@@ -78,8 +79,8 @@ def links_url(**query: Any) -> str:
     return f"{reverse('admin:connectors_customerlink_changelist')}?{urlencode(query)}"
 
 
-def queue(connection: Connection, *, now: datetime) -> Queue:
-    """Five queries."""
+def queue(connection: Connection, *, sees: bool, now: datetime) -> Queue:
+    """Five queries. What systems say may quote personal data: it is hidden from who does not see that."""
     links = CustomerLink.objects.filter(connection=connection)
     found = Queue(complete=links.order_by().values("pk")[: COUNTED + 1].count() <= COUNTED)
     if found.complete:
@@ -104,9 +105,10 @@ def queue(connection: Connection, *, now: datetime) -> Queue:
     found.reasons = [
         Reason(
             field=label(row["name"]),
-            text=row["text"],
+            text=row["text"] if sees else redacted(row["text"]),
             count=row["number"],
-            url=links_url(connection=connection.pk, shown_state="rejected", fingerprint=row["fingerprint"]),
+            url=f"{reverse('admin:customers_customer_changelist')}?"
+            + urlencode({"system": connection.pk, "state": "rejected", "reason": row["fingerprint"]}),
         )
         for row in refused
     ]
@@ -292,7 +294,9 @@ def mapping(provider: Provider, connection: Connection, *, example: Customer | N
     def document(customer: Customer) -> dict[str, Any]:
         return provider.document(customer, connection=connection, uid=uid, fields=None)
 
-    known = Customer(id=uuid7(), organization=connection.organization, **EXAMPLE)
+    known = draft(organization=connection.organization)
+    for name, value in EXAMPLE.items():
+        _set(known, name, value)
     try:
         base = _flat(document(known))
     except Rejected as error:
@@ -328,10 +332,24 @@ def mapping(provider: Provider, connection: Connection, *, example: Customer | N
     return found
 
 
+def _set(customer: Customer, name: str, value: Any) -> None:
+    """Set a field of a customer that is never stored, and the look-up key that is made of it."""
+    setattr(customer, name, value)
+    match name:
+        case "name":
+            customer.name_key = name_key(value)
+        case "email":
+            customer.email_key = email_key(value)
+        case "phone":
+            customer.phone_key = phone_key(value)
+        case "address_country" | "shipping_address_country":
+            setattr(customer, f"{name}_code", country_code(value))
+
+
 def _places(document: Any, known: Customer, name: str, base: Mapping[str, Any]) -> list[str]:
     other = copy.copy(known)
     before = getattr(known, name)
-    setattr(other, name, (not before) if name in FLAGS else OTHER.get(name, f"{before} B"))
+    _set(other, name, (not before) if name in FLAGS else OTHER.get(name, f"{before} B"))
     try:
         after = _flat(document(other))
     except Rejected:
@@ -345,7 +363,7 @@ def _needed(document: Any, known: Customer, name: str) -> str:
     if name in FLAGS:
         return ""
     bare = copy.copy(known)
-    setattr(bare, name, {} if name == "custom_fields" else "")
+    _set(bare, name, {} if name == "custom_fields" else "")
     try:
         document(bare)
     except Rejected as error:

@@ -295,7 +295,7 @@ class ResolvePages(NeedsYouPages):
             "link": link,
             "kind": kind,
             "badge": link_badge(shown_key),
-            "sentence": sentence(link, shown_key, now=now, clear=clear),
+            "sentence": sentence(link, kind, now=now, clear=clear),
             "held_up": link.sentence(now=now) if kind and key in ("paused", "reconnect") else "",
             "turn": STATUSES[shown_key].turn,
             "can_push": self.has_push_permission(request),

@@ -26,6 +26,7 @@ from customers import tabular
 from customers.admin import MOMENT, OrganizationFilter, ReadOnlyAdmin, actor_of
 from customers.forms import label
 from customers.models import Customer
+from customers.privacy import redacted, sees
 
 GROUPS = 20
 REFRESH_SECONDS = 5
@@ -122,7 +123,8 @@ class SyncRunAdmin(ReadOnlyAdmin):
         if obj is not None:
             now = timezone.now()
             waiting = max(obj.planned - obj.total, 0)
-            groups, complete = groups_of(obj)
+            clear = sees(request.user)
+            groups, complete = groups_of(obj, clear=clear)
             again = releasable(obj, at=now)[:1].exists() if self.has_retry_permission(request) else False
             context |= {
                 "title": str(obj),
@@ -138,7 +140,7 @@ class SyncRunAdmin(ReadOnlyAdmin):
                 "message": obj.request.get("message", ""),
                 "groups": groups,
                 "groups_complete": complete,
-                "problems": _problems(obj),
+                "problems": _problems(obj, clear=clear),
                 "more_problems": obj.refused + obj.uncertain > len(obj.problems),
                 "can_retry": again,
                 "can_cancel": cancellable(obj) and self.has_cancel_permission(request, obj),
@@ -185,7 +187,7 @@ class SyncRunAdmin(ReadOnlyAdmin):
         if not self.has_download_permission(request) or not self.has_view_permission(request):
             raise PermissionDenied
         run = self.get_object(request, object_id)
-        rows = ([tabular.protect(cell) for cell in row] for row in _error_rows(run))
+        rows = ([tabular.protect(cell) for cell in row] for row in _error_rows(run, clear=sees(request.user)))
         return StreamingHttpResponse(
             tabular.csv_lines(rows),
             content_type="text/csv; charset=utf-8",
@@ -240,10 +242,10 @@ def releasable(run: SyncRun, *, at: datetime) -> QuerySet[CustomerLink]:
     return resolve.releasable(refused_links(run), at=at)
 
 
-def groups_of(run: SyncRun) -> tuple[list[Group], bool]:
+def groups_of(run: SyncRun, *, clear: bool) -> tuple[list[Group], bool]:
     """The problems by reason, the most frequent first, and whether they count all that the totals count."""
-    kept = Counter((str(p.get("state", "")), str(p.get("field") or ""), str(p.get("reason", ""))) for p in run.problems)
-    groups = [Group(state=state, field=label(name), reason=why, count=n) for (state, name, why), n in kept.items()]
+    kept = Counter((str(p.get("state", "")), p["field"], p["reason"]) for p in _problems(run, clear=clear))
+    groups = [Group(state=state, field=name, reason=why, count=n) for (state, name, why), n in kept.items()]
     complete = run.refused + run.uncertain <= len(run.problems)
     if not complete and run.kind == SyncRun.Kind.PUSH:
         rows = (
@@ -254,7 +256,13 @@ def groups_of(run: SyncRun) -> tuple[list[Group], bool]:
             .order_by("-number")[:GROUPS]
         )
         rejected = [
-            Group(state="refused", field=label(row["name"]), reason=row["text"], count=row["number"]) for row in rows
+            Group(
+                state="refused",
+                field=label(row["name"]),
+                reason=row["text"] if clear else redacted(row["text"]),
+                count=row["number"],
+            )
+            for row in rows
         ]
         if sum(group.count for group in rejected) >= sum(g.count for g in groups if g.state == "refused"):
             groups = [*rejected, *(group for group in groups if group.state != "refused")]
@@ -262,25 +270,25 @@ def groups_of(run: SyncRun) -> tuple[list[Group], bool]:
     return sorted(groups, key=lambda group: -group.count)[:GROUPS], complete
 
 
-def _problems(run: SyncRun) -> list[dict[str, Any]]:
-    """The problems with the names of the customers concerned, read in one query."""
+def _problems(run: SyncRun, *, clear: bool) -> list[dict[str, Any]]:
+    """The problems with the names of the customers concerned, read in one query. Reasons may quote what was refused."""
     ids = {uid for problem in run.problems if (uid := _uuid(problem.get("customer")))}
     customers = Customer.objects.filter(organization=run.organization_id).in_bulk(ids)
     by_text = {str(pk): customer for pk, customer in customers.items()}
-    return [
-        {
-            **problem,
-            "known": by_text.get(str(problem.get("customer"))),
-            "field": label(str(problem.get("field") or "")),
-        }
-        for problem in run.problems
-    ]
+    found = []
+    for problem in run.problems:
+        known = by_text.get(str(problem.get("customer")))
+        reason = str(problem.get("reason", ""))
+        if not clear:
+            reason = redacted(reason, vars(known) if known else None)
+        found.append({**problem, "reason": reason, "known": known, "field": label(str(problem.get("field") or ""))})
+    return found
 
 
-def _error_rows(run: SyncRun) -> Iterator[Sequence[str]]:
+def _error_rows(run: SyncRun, *, clear: bool) -> Iterator[Sequence[str]]:
     """The kept problems, then what else was refused while a push went on."""
     yield ("customer_id", "customer", "remote_id", "row", "state", "field", "reason")
-    for problem in _problems(run):
+    for problem in _problems(run, clear=clear):
         customer = problem["known"]
         yield (
             customer.public_id if customer else "",
@@ -289,7 +297,7 @@ def _error_rows(run: SyncRun) -> Iterator[Sequence[str]]:
             str(problem.get("row") or ""),
             str(problem.get("state") or ""),
             problem["field"],
-            str(problem.get("reason") or ""),
+            problem["reason"],
         )
     if run.connection_id is None or run.refused + run.uncertain <= len(run.problems):
         return
@@ -297,7 +305,7 @@ def _error_rows(run: SyncRun) -> Iterator[Sequence[str]]:
     for link in others.defer("remote_data", "base_local", "base_remote").iterator(1000):
         yield (
             *(link.customer.public_id, link.customer.name, link.remote_id or "", "", "refused"),
-            *(label(link.error_field), link.error),
+            *(label(link.error_field), link.error if clear else redacted(link.error, vars(link.customer))),
         )
 
 

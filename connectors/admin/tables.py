@@ -52,7 +52,10 @@ class UploadForm(forms.Form):
         label="Whose ids external_id holds",
         empty_label="the file's own",
     )
-    file = forms.FileField(help_text=f"CSV in UTF-8, or XLSX. At most {MAX_FILE_ROWS:,} rows and 10 MB.")
+    file = forms.FileField(
+        help_text=f"CSV in UTF-8, or XLSX. At most {MAX_FILE_ROWS:,} rows and 10 MB.",
+        widget=forms.FileInput(attrs={"class": "hub-input"}),
+    )
     clear_empty = forms.BooleanField(
         required=False,
         widget=CheckboxInput,

@@ -87,7 +87,9 @@ class BulkBodyShown(BulkBody):
 
 
 class ItemErrorShown(serializers.Serializer[Any]):
-    code = serializers.ChoiceField(["validation_failed", "not_found", "conflict", "version_conflict"])
+    code = serializers.ChoiceField(
+        ["validation_failed", "not_found", "conflict", "version_conflict", "version_required"]
+    )
     message = serializers.CharField()
     errors = serializers.ListField(  # type: ignore[assignment] # hides Serializer.errors, which describing never uses
         child=serializers.DictField(child=serializers.CharField()), help_text="pointer, code and message of each."
@@ -223,7 +225,9 @@ class Bulk(Resource):
         found = {one.uid: one for one in self.connections(uids.values())} if uids else {}
         connections = {text: found[uid] for text, uid in uids.items() if uid in found}
         return [
-            given if isinstance(given, Refusal) else _item(given, ("items", position), connections)
+            given
+            if isinstance(given, Refusal)
+            else _item(given, ("items", position), connections, strict=self.key.strict)
             for position, given in enumerate(read)
         ]
 
@@ -231,7 +235,10 @@ class Bulk(Resource):
         return Connection.objects.filter(organization=self.organization, uid__in=uids)
 
 
-def _item(given: Mapping[str, Any], at: Path, connections: Mapping[str, Connection]) -> Item | Refusal:
+def _item(given: Mapping[str, Any], at: Path, connections: Mapping[str, Connection], *, strict: bool) -> Item | Refusal:
+    if strict and given["action"] == UPDATE and not given.get("if_match"):
+        missing = "Send the etag that you read, or *."
+        return Refusal("version_required", missing, errors=[((*at, "if_match"), "version_required", missing)])
     connection = connections.get(given.get("connection_id") or "")
     if given.get("connection_id") and connection is None:
         unknown = "There is no such connection."

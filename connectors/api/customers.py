@@ -5,7 +5,7 @@ The documented operations keep Links' bodies and errors; the added ones answer p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 from uuid import UUID
 
@@ -27,16 +27,27 @@ from rest_framework.response import Response
 
 from connectors.api import problems
 from connectors.api.bulk import Bulk
-from connectors.api.filters import Filters, read_cursor, select, write_cursor
+from connectors.api.filters import Expanding, Filters, read_cursor, select, write_cursor
+from connectors.api.links import LinkShown, shown_links
 from connectors.api.problems import CODES, Refusal
 from connectors.api.resource import Nothing, Resource
 from connectors.api.writing import UPDATE, UPSERT, Item, Values, check_version, write_one
 from connectors.inbound.errors import Fault
 from connectors.inbound.fields import Text
-from connectors.inbound.mirror import Mirror
+from connectors.inbound.mirror import Mirror, read_query
 from connectors.models import REMOTE_ID_LENGTH, Connection
-from connectors.providers.links import CUSTOMER_ID, ONE, REFUSED, UNKNOWN, ShownPage, UnifiedCustomers, leading_links
+from connectors.providers.links import (
+    CUSTOMER_ID,
+    ONE,
+    REFUSED,
+    UNKNOWN,
+    Shown,
+    ShownPage,
+    UnifiedCustomers,
+    leading_links,
+)
 from connectors.providers.links import Refusal as LinksError
+from connectors.sync.clock import database_clock
 from connectors.sync.races import start_over
 from customers import editing
 from customers.editing import StaleVersion
@@ -47,8 +58,23 @@ DOCUMENTED = frozenset({"create", "retrieve", "update", "list"})
 SOURCE_ID = Text(max_length=REMOTE_ID_LENGTH, trim_whitespace=False)
 
 
+@extend_schema_serializer(component_name="LinksCustomerExpanded")
+class Expanded(Shown):
+    links = LinkShown(many=True, required=False, help_text="With `expand=links`: as the list of links shows them.")
+
+
+@extend_schema_serializer(component_name="LinksCustomerExpandedAnswer")
+class ExpandedOne(serializers.Serializer[Any]):
+    data = Expanded()  # type: ignore[assignment] # hides Serializer.data, which is not used to describe
+
+
+@extend_schema_serializer(component_name="LinksCustomerExpandedList")
+class Page(ShownPage):
+    data = Expanded(many=True)
+
+
 @extend_schema_serializer(component_name="LinksCustomerCursorPage")
-class CursorPage(ShownPage):
+class CursorPage(Page):
     """A page that was asked for by cursor: nothing is counted."""
 
     page = serializers.IntegerField(allow_null=True, help_text="Null.")
@@ -65,19 +91,29 @@ IF_MATCH = header("If-Match", "The ETag of what you read: the request is refused
 IF_NONE_MATCH = header("If-None-Match", "The ETag of what you have: it is sent again only if it is another.")
 ETAG = header("ETag", "The customer's version, for If-Match.", response=[200, 201, 304])
 STALE = {412: OpenApiResponse(description=CODES["version_conflict"].title)}
+MISSING = {428: OpenApiResponse(description=CODES["version_required"].title)}
 VALUES_EXAMPLE = OpenApiExample(
     "Some fields",
     value={"first_name": "Ada", "phone": "+4930123456", "currency": None, "custom_fields": {"tier": "gold"}},
     request_only=True,
 )
-LINKS_STALE = {412: OpenApiResponse(LinksError, description=CODES["version_conflict"].title)}
+LINKS_STALE = {
+    412: OpenApiResponse(LinksError, description=CODES["version_conflict"].title),
+    428: OpenApiResponse(LinksError, description=CODES["version_required"].title),
+}
 
 
 @extend_schema_view(
     create=extend_schema(parameters=[ETAG]),
     retrieve=extend_schema(
-        parameters=[IF_NONE_MATCH, ETAG],
-        responses={200: ONE, 304: OpenApiResponse(description="It is as you have it."), **REFUSED, **UNKNOWN},
+        description="With `expand` it is always sent: a link may change while the customer stays as it is.",
+        parameters=[Expanding, IF_NONE_MATCH, ETAG],
+        responses={
+            200: OpenApiResponse(ExpandedOne, description=ONE.description, examples=ONE.examples),
+            304: OpenApiResponse(description="It is as you have it."),
+            **REFUSED,
+            **UNKNOWN,
+        },
     ),
     update=extend_schema(parameters=[IF_MATCH, ETAG], responses={200: ONE, **REFUSED, **UNKNOWN, **LINKS_STALE}),
     list=extend_schema(
@@ -86,7 +122,7 @@ LINKS_STALE = {412: OpenApiResponse(LinksError, description=CODES["version_confl
         parameters=[Filters],
         responses={
             200: PolymorphicProxySerializer(
-                component_name="CustomerList", serializers=[ShownPage, CursorPage], resource_type_field_name=None
+                component_name="CustomerList", serializers=[Page, CursorPage], resource_type_field_name=None
             ),
             **REFUSED,
         },
@@ -122,11 +158,21 @@ class Customers(UnifiedCustomers, Resource):
 
     def answer(self, customer: Customer, *, status: int = 200) -> Response:
         tag = problems.etag(customer.version)
-        if self.action == "retrieve" and _names(self.request.headers.get("If-None-Match", ""), tag):
+        expand = self.action == "retrieve" and read_query(Expanding, self.request).get("expand")
+        if self.action == "retrieve" and not expand and _names(self.request.headers.get("If-None-Match", ""), tag):
             return Response(status=304, headers={"ETag": tag})
         response = super().answer(customer, status=status)
         response["ETag"] = tag
         return response
+
+    def shown_all(self, customers: Sequence[Customer]) -> list[dict[str, Any]]:
+        """These customers as documented; where a read asks for it, with what every system knows of them."""
+        shown = super().shown_all(customers)
+        if self.action in ("retrieve", "list") and self.request.query_params.get("expand") == "links":
+            links = shown_links([customer.pk for customer in customers], now=database_clock())
+            for one, customer in zip(shown, customers, strict=True):
+                one["links"] = links[customer.pk]
+        return shown
 
     def change(self, customer: Customer, values: Mapping[str, Any]) -> None:
         expected = self.expected_version()
@@ -155,7 +201,7 @@ class Customers(UnifiedCustomers, Resource):
         more, found = len(found) > limit, found[:limit]
         return Response(
             {
-                "data": [self.shown(customer) for customer in found],
+                "data": self.shown_all(found),
                 "page": None,
                 "limit": limit,
                 "totalPages": None,
@@ -173,7 +219,7 @@ class Customers(UnifiedCustomers, Resource):
         "are set, null removes one, and the others stay.",
         parameters=[CUSTOMER_ID, IF_MATCH, ETAG],
         request=Values,
-        responses={200: ONE, **STALE},
+        responses={200: ONE, **STALE, **MISSING},
         examples=[VALUES_EXAMPLE],
     )
     def partial_update(self, request: Request, unified_customer_id: str) -> Response:
@@ -216,7 +262,8 @@ class Customers(UnifiedCustomers, Resource):
             connection=connection,
             source_id=source_id,
             values=self.read_body(Values),
-            expected=self.expected_version(),
+            # It may be new: then there is no version to name.
+            expected=self.expected_version(required=False),
         )
         return self.written(item)
 
@@ -227,7 +274,7 @@ class Customers(UnifiedCustomers, Resource):
         "as it is, whatever If-Match says.",
         parameters=[CUSTOMER_ID, IF_MATCH],
         request=None,
-        responses={204: OpenApiResponse(description="It is archived."), **STALE},
+        responses={204: OpenApiResponse(description="It is archived."), **STALE, **MISSING},
     )
     def destroy(self, request: Request, unified_customer_id: str) -> Response:
         customer = self.set_archived(unified_customer_id, True)
@@ -254,7 +301,8 @@ class Customers(UnifiedCustomers, Resource):
 
     def set_archived(self, unified_customer_id: str, archived: bool) -> Customer:
         self.read_query(Nothing)
-        uid, expected = self.uid(unified_customer_id), self.expected_version()
+        # Bringing one back takes nothing of anybody's change away.
+        uid, expected = self.uid(unified_customer_id), self.expected_version(required=archived)
         move = editing.archive if archived else editing.restore
 
         def change() -> Customer:

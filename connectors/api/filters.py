@@ -47,6 +47,19 @@ class Moment(serializers.DateTimeField):
         raise serializers.ValidationError("Give a time with its zone, such as 2026-01-31T08:00:00Z.")
 
 
+class Expand(serializers.ChoiceField):
+    """What an answer may show besides what is documented."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            choices=["links"], required=False, help_text="`links`: each customer with what every system knows of it."
+        )
+
+
+class Expanding(serializers.Serializer[Any]):
+    expand = Expand()
+
+
 class Filters(ListQuery):
     """What a list can be narrowed by, all of it at once, and the cursor."""
 
@@ -77,6 +90,7 @@ class Filters(ListQuery):
     )
     is_active = serializers.BooleanField(required=False)
     include_archived = serializers.BooleanField(default=False)
+    expand = Expand()
 
 
 def select(rows: QuerySet[Customer], query: Mapping[str, Any], *, organization: Organization) -> QuerySet[Customer]:

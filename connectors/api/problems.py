@@ -75,6 +75,16 @@ CODES: Mapping[str, Code] = {
         title="The Idempotency-Key cannot be used.",
         remedy="Send 1 to 255 printable ASCII characters, a UUID for example.",
     ),
+    "idempotency_key_missing": Code(
+        status=400,
+        title="This API key is strict, and the request has no Idempotency-Key.",
+        remedy="Send an `Idempotency-Key` header with every POST: a new UUID for each thing that is to happen once.",
+    ),
+    "version_required": Code(
+        status=428,
+        title="This API key is strict, and the request does not say which version it changes.",
+        remedy="Send the ETag that you read as `If-Match`, or `*` for whichever it is; in a bulk item as `if_match`.",
+    ),
     "conflict": Code(
         status=409,
         title="The request does not fit what is there.",
@@ -116,6 +126,7 @@ _BY_KIND = {
     "in_progress": "idempotency_in_progress",
     "key_reused": "idempotency_key_reused",
     "key_invalid": "idempotency_key_invalid",
+    "key_missing": "idempotency_key_missing",
 }
 
 

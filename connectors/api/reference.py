@@ -36,6 +36,7 @@ WHAT_TO_DO = (
     ),
     ("409 idempotency_in_progress", "Wait as long as Retry-After says, then send it again with the same key."),
     ("422 idempotency_key_reused", "The key belongs to another body: correct your program and use a new key."),
+    ("428", "The key is strict: read the record, and send your change with its ETag as If-Match."),
     ("412", "Read the record again, bring your change into it, and send that with the new ETag."),
     ("429", "Wait as long as Retry-After says."),
     ("Any other 4xx", "Correct the request and send it with a new key."),

@@ -82,9 +82,14 @@ class Resource(Mirror):
         values: dict[str, Any] = serializer().run_validation(query.dict())
         return values
 
-    def expected_version(self) -> int | None:
-        """The version that If-Match names; None when any will do. Raises Refusal, 412 for a tag that no version has."""
+    def expected_version(self, *, required: bool = True) -> int | None:
+        """The version that If-Match names; None when any will do.
+
+        Raises Refusal: 412 for a tag that no version has, 428 when there is none and a strict key requires it.
+        """
         given = self.request.headers.get("If-Match", "").strip()
+        if not given and required and self.key.strict:
+            raise Refusal("version_required", "Send the ETag of the customer that you read as If-Match, or *.")
         if given in ("", "*"):
             return None
         found = _ETAG.fullmatch(given)

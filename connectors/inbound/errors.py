@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 class Fault:
     """What went wrong with a request, before it takes a provider's shape.
 
-    kind    invalid, malformed, unauthorized, forbidden, not_found, method, throttled, key_invalid, key_reused,
-            in_progress, failed
+    kind    invalid, malformed, unauthorized, forbidden, not_found, method, throttled, key_invalid, key_missing,
+            key_reused, in_progress, failed
     fields  (path, message) pairs; a path is a tuple of names and positions into the body or the query
     missing the paths among them whose fault is that a required value is absent
     headers what the answer says besides

@@ -54,6 +54,11 @@ class KeyInvalid(KeyFault):
     default_detail = f"The {HEADER} header cannot be used: send 1 to 255 printable ASCII characters."
 
 
+class KeyMissing(KeyFault):
+    kind = "key_missing"
+    default_detail = f"This API key is strict: send an {HEADER} header, a UUID for example, with every POST."
+
+
 class KeyReused(KeyFault):
     kind = "key_reused"
     default_detail = f"The {HEADER} header names another request: send a new key with another body or address."
@@ -65,9 +70,11 @@ class KeyInProgress(KeyFault):
     default_detail = f"A request with this {HEADER} is still being worked on: send it again in a moment."
 
 
-def key_of(request: Request) -> str | None:
-    """The key of a request that changes something; None when there is none. Raises KeyInvalid."""
+def key_of(request: Request, *, api_key: ApiKey) -> str | None:
+    """The key of a request that changes something; None when there is none. Raises KeyInvalid, KeyMissing."""
     given: str | None = request.headers.get(HEADER)
+    if given is None and request.method == "POST" and api_key.strict:
+        raise KeyMissing
     if given is None or request.method not in METHODS:
         return None
     given = given.strip()

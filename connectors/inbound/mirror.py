@@ -49,7 +49,7 @@ class Mirror(ViewSet):
         response: HttpResponse
         try:
             self.initial(self.request, *args, **kwargs)
-            key = idempotency.key_of(self.request)
+            key = idempotency.key_of(self.request, api_key=self.key)
             if key is None:
                 response = self.act()
             else:

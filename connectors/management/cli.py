@@ -32,6 +32,7 @@ from rich.console import Console
 from connectors.exceptions import ConnectionUnusable, ConnectorError, Rejected
 from connectors.models import Connection, SyncRun
 from connectors.sealing import UnsealError
+from connectors.states import STATUSES
 from connectors.sync.pull import AlreadyRunning
 from customers.editing import Actor
 from customers.models import CustomerChange, Organization
@@ -348,7 +349,8 @@ def table(outcomes: Sequence[Outcome]) -> str:
     for outcome in outcomes:
         before = f"{outcome.label}: " if len(outcomes) > 1 else ""
         for (state, name, reason), count in outcome.problems.most_common(10):
-            lines.append(f"{before}{state}: {count:,} x {f'{name}: ' if name else ''}{reason}")
+            word = STATUSES[state].word if state in STATUSES else state
+            lines.append(f"{before}{word}: {count:,} x {f'{name}: ' if name else ''}{reason}")
         lines += [f"{before}{sample}" for sample in outcome.samples]
     return "\n".join(lines)
 

@@ -7,7 +7,7 @@ records themselves: what it shows of a source is the customer's leading link.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, ClassVar
 from urllib.parse import quote
@@ -264,6 +264,10 @@ class UnifiedCustomers(Mirror):
         origin = f"{self.request.scheme}://{self.request.get_host()}"
         return WIRE.show(customer, leading[0] if leading else None, origin=origin)
 
+    def shown_all(self, customers: Sequence[Customer]) -> list[dict[str, Any]]:
+        """These customers as documented. Their leading links are loaded."""
+        return [self.shown(customer) for customer in customers]
+
     def find(self, unified_customer_id: str) -> Customer:
         """The customer with this id, or the survivor that it was merged into."""
         uid = parse_public_id("cust", unified_customer_id)
@@ -354,13 +358,13 @@ class UnifiedCustomers(Mirror):
 
     def answer(self, customer: Customer, *, status: int = 200) -> Response:
         """The documented answer that shows one customer. Its leading link is loaded."""
-        return Response({"data": self.shown(customer)}, status=status)
+        return Response({"data": self.shown_all([customer])[0]}, status=status)
 
     def page(self, rows: QuerySet[Customer], *, page: int, limit: int) -> Response:
         """The documented answer that shows a page of these."""
         total = rows.count()
         first = (page - 1) * limit
-        shown = [self.shown(c) for c in rows.order_by("id")[first : first + limit]] if first < total else []
+        shown = self.shown_all(list(rows.order_by("id")[first : first + limit])) if first < total else []
         return Response(
             {
                 "data": shown,

@@ -295,9 +295,7 @@ def preview(file: ImportFile, *, actor: Actor) -> Preview:
 @transaction.atomic
 def accept(file: ImportFile, *, actor: Actor, planned: int, at: datetime | None = None) -> SyncRun:
     """Have a worker take the file in. Pressed twice, it is still one run."""
-    file = (
-        ImportFile.objects.select_for_update(of=()).select_related("organization", "connection", "run").get(pk=file.pk)
-    )
+    file = ImportFile.objects.select_for_update().get(pk=file.pk)
     if file.run is not None:
         return file.run
     file.run = runs.start(
@@ -323,7 +321,10 @@ def carry_out(
     """
     file = ImportFile.objects.select_related("organization", "connection").filter(run=run).first()
     if file is None:
-        runs.finish(run=run, at=clock(), error="The file is not kept any more.")
+        with transaction.atomic():
+            mine = SyncRun.objects.select_for_update().get(pk=run.pk)
+            if mine.finished_at is None:
+                runs.finish(run=mine, at=clock(), error="The file is not kept any more.")
         return
     actor = Actor(
         kind=run.actor_kind,

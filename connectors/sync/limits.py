@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 
 from django.db import connection as database
 from django.db import transaction
@@ -32,7 +32,7 @@ JITTER = 0.1
 # The bucket
 BURST = 0.5  # seconds' worth of calls in a full bucket: a system whose own holds a second's worth may get them late
 SHORT_WINDOW = 2.0  # seconds
-RESERVE = 0.1  # for calls that somebody waits for
+RESERVE = 0.1  # for calls that somebody waits for: of the bucket, and of a day's calls
 SKEW = timedelta(seconds=60)  # a time in the bucket that is further ahead was written by a wrong clock
 ROUNDING = 2e-6  # times are kept to the microsecond: whoever waits as long as told is not to be a hair too early
 NO_RATE = 60.0  # a rate of zero: how long to wait before looking whether it has changed
@@ -50,7 +50,7 @@ CANARY, QUARTER, HALF, FULL = 5, 25, 50, 100
 
 _FRESH = ("state", "not_before", "breaker_calls", "breaker_until", "breaker_trips", "ramp", "rate", "burst")
 _HEARD = ("breaker_calls", "breaker_until", "breaker_trips", "ramp", "last_success_at")
-_BUCKET = ("rate", "burst", "ramp", "bucket_calls", "bucket_at")
+_BUCKET = ("rate", "burst", "ramp", "bucket_calls", "bucket_at", "day_limit", "day_calls", "day")
 
 
 def admit(*, connection: Connection, now: datetime) -> int | None:
@@ -87,26 +87,26 @@ def admit(*, connection: Connection, now: datetime) -> int | None:
 
 
 def reserve(*, connection: Connection, want: int, urgent: bool, now: datetime) -> tuple[int, float]:
-    """Take up to `want` calls from the bucket: how many were granted, and the seconds until the next one is there.
+    """Take up to `want` calls from the bucket and from the day: how many were granted, and the seconds until the next.
 
-    A part of the bucket is left to urgent callers. Once that part is full, all that flows in is anybody's. A connection
-    without a rate grants everything and asks the database nothing.
+    A part of both is left to urgent callers. Once that part of the bucket is full, all that flows in is anybody's. A
+    connection without limits grants everything and asks the database nothing.
     """
-    if connection.rate is None:
+    if not limited(connection):
         return want, 0.0
     with transaction.atomic():
         row = _locked(connection).only(*_BUCKET).get()
-        if row.rate is None:
-            return want, 0.0
-        rate, size = _speed(row)
-        if rate <= 0:
-            return 0, NO_RATE
-        calls, ahead = _left(row, now)
-        kept = 0.0 if urgent or size < 2 else max(1.0, RESERVE * size)
-        granted = max(0, min(want, math.floor(calls - kept + rate * ROUNDING)))
-        if granted or ahead:
-            _fill(row, calls - granted, now)
-    return granted, max(0.0, (kept + 1 - (calls - granted)) / rate)
+        want, tomorrow = _of_the_day(row, want, urgent=urgent, now=now)
+        if not want:
+            return 0, tomorrow
+        granted, wait = _of_the_bucket(row, want, urgent=urgent, now=now)
+        if granted and row.day_limit is not None:
+            _count(row, granted, now)
+    return granted, wait
+
+
+def limited(connection: Connection) -> bool:
+    return connection.rate is not None or connection.day_limit is not None
 
 
 def calls_left(*, connection: Connection, now: datetime) -> float | None:
@@ -115,13 +115,15 @@ def calls_left(*, connection: Connection, now: datetime) -> float | None:
 
 
 def give_back(*, connection: Connection, calls: int, now: datetime) -> None:
-    """Put calls that were reserved and not made into the bucket again."""
-    if connection.rate is None or calls <= 0:
+    """Put calls that were reserved and not made into the bucket again, and into the day."""
+    if not limited(connection) or calls <= 0:
         return
     with transaction.atomic():
         row = _locked(connection).only(*_BUCKET).get()
         if row.rate is not None:
             _fill(row, _left(row, now)[0] + calls, now)
+        if row.day_limit is not None:
+            _count(row, -min(calls, _taken(row, now)), now)
 
 
 def heard(
@@ -179,6 +181,20 @@ def _speed(row: Connection) -> tuple[float, float]:
     return rate, max(1.0, BURST * rate if row.burst is None else row.burst * share)
 
 
+def _of_the_bucket(row: Connection, want: int, *, urgent: bool, now: datetime) -> tuple[int, float]:
+    if row.rate is None:
+        return want, 0.0
+    rate, size = _speed(row)
+    if rate <= 0:
+        return 0, NO_RATE
+    calls, ahead = _left(row, now)
+    kept = 0.0 if urgent or size < 2 else max(1.0, RESERVE * size)
+    granted = max(0, min(want, math.floor(calls - kept + rate * ROUNDING)))
+    if granted or ahead:
+        _fill(row, calls - granted, now)
+    return granted, max(0.0, (kept + 1 - (calls - granted)) / rate)
+
+
 def _left(row: Connection, now: datetime) -> tuple[float, bool]:
     """How many calls are in the bucket now, and whether its time is too far ahead to be true."""
     rate, size = _speed(row)
@@ -200,6 +216,28 @@ def _fill(row: Connection, calls: float, now: datetime) -> None:
     ahead = row.bucket_at is not None and timedelta(0) < row.bucket_at - now <= SKEW
     at = row.bucket_at if ahead else now
     Connection.objects.filter(pk=row.pk).update(bucket_calls=calls, bucket_at=at)
+
+
+# The day
+
+
+def _taken(row: Connection, now: datetime) -> int:
+    return row.day_calls if row.day == now.astimezone(UTC).date() else 0
+
+
+def _of_the_day(row: Connection, want: int, *, urgent: bool, now: datetime) -> tuple[int, float]:
+    """How many of these calls the day still has for this caller, and the seconds until the next day."""
+    if row.day_limit is None:
+        return want, 0.0
+    today = now.astimezone(UTC)
+    midnight = datetime(today.year, today.month, today.day, tzinfo=UTC) + timedelta(days=1)
+    usable = row.day_limit if urgent else math.floor(row.day_limit * (1 - RESERVE))
+    return max(0, min(want, usable - _taken(row, now))), (midnight - today).total_seconds()
+
+
+def _count(row: Connection, calls: int, now: datetime) -> None:
+    today = now.astimezone(UTC).date()
+    Connection.objects.filter(pk=row.pk).update(day_calls=_taken(row, now) + calls, day=today)
 
 
 # Waiting times

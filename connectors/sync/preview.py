@@ -22,6 +22,7 @@ from connectors.sync.plan import changed_values, plan
 from connectors.sync.push import call
 from connectors.sync.steps import Sending, Settled, Step
 from customers.editing import EDITABLE
+from customers.models import Customer
 
 
 class Will(StrEnum):
@@ -35,6 +36,7 @@ class Will(StrEnum):
     CONFLICT = "conflict"
     TAKEN = "taken over"  # read before the push, and changed there alone
     STAYS = "stays"  # changed there alone, and the hub does not read from there
+    EMPTY = "empty"  # nothing to create there
     UNKNOWN = "unknown"  # what is there cannot be told
     NOT_MAPPED = "not mapped"
 
@@ -242,7 +244,7 @@ def _will(
         both = moved if merged is None else name in merged.conflicts
         return Will.OVERWRITES if both and link.remote_id else Will.SENT
     if there is UNKNOWN:
-        return Will.UNKNOWN if link.remote_id else Will.SAME
+        return Will.UNKNOWN if link.remote_id else Will.EMPTY
     if same(here, there):
         return Will.SAME
     known = link.base_remote.get(name, UNKNOWN)
@@ -252,21 +254,37 @@ def _will(
 
 
 def sent_as(link: CustomerLink, provider: Provider, name: str) -> dict[str, Any]:
-    """The parts of the document that carry one field, by path: those that naming the field adds to it."""
+    """The parts of the document that carry one field, by path: those that would be others if the field were."""
+    here = getattr(link.customer, name)
+    other = copy.copy(link.customer)
+    probe = _probe(name, here)
+    setattr(other, name, probe)
+    if name.endswith("_country"):
+        setattr(other, f"{name}_code", probe)
+    fields = frozenset({name}) if link.remote_id else None
 
-    def parts(fields: frozenset[str]) -> dict[str, Any]:
-        document = provider.document(link.customer, connection=link.connection, uid=link.uid, fields=fields)
-        return dict(_leaves(document))
+    def parts(customer: Customer) -> dict[str, Any]:
+        return dict(_leaves(provider.document(customer, connection=link.connection, uid=link.uid, fields=fields)))
 
     try:
-        without, named = parts(frozenset()), parts(frozenset({name}))
+        sent, otherwise = parts(link.customer), parts(other)
     except Rejected:
         return {}
-    added = {path: value for path, value in named.items() if path not in without or without[path] != value}
-    here = getattr(link.customer, name)
-    # Where a document always names the field, or names an address as a whole, its value tells.
-    equal = {path: value for path, value in (added or named).items() if value == here}
-    return equal or added if len(added) > 1 or not added else added
+    moved = {path: value for path, value in sent.items() if path not in otherwise or otherwise[path] != value}
+    return moved or {path: value for path, value in sent.items() if value == here}
+
+
+def _probe(name: str, here: Any) -> Any:
+    """Another value that every document takes."""
+    if isinstance(here, bool):
+        return not here
+    if name.endswith("_country"):
+        return "FR" if here != "FR" else "DE"
+    if name == "email":
+        return "a@example.com" if here != "a@example.com" else "b@example.com"
+    if name == "phone":
+        return "+15550100" if here != "+15550100" else "+15550101"
+    return "Some Other" if here != "Some Other" else "Yet Another"
 
 
 def _leaves(document: Any, path: str = "") -> Sequence[tuple[str, Any]]:

@@ -23,7 +23,7 @@ from connectors.states import LinkState
 from connectors.sync import deletes, issues, limits, runs
 from connectors.sync.clock import database_clock
 from connectors.sync.merge import same
-from connectors.sync.push import NAP, lost_login
+from connectors.sync.push import NAP, PATIENCE, lost_login
 from connectors.sync.receive import UNCHANGED, UPDATED, Received, receive
 from connectors.sync.schedule import next_pull
 from customers import bulk, editing
@@ -195,7 +195,7 @@ def pull(
 def read_page(this: Reading, *, cursor: str | None, since: datetime | None, rows: int) -> Page | None:
     """The next page, within the limits that all workers share; None when the pull is to stop before."""
     connection = this.connection
-    connection.refresh_from_db(fields=["not_before", "state", "rate", "burst"])
+    connection.refresh_from_db(fields=["not_before", "state", "rate", "burst", "day_limit"])
     if connection.not_before is not None and connection.not_before > this.clock():
         raise RetryLater(f"{connection.name} asked to wait until {connection.not_before:%Y-%m-%d %H:%M:%S} UTC.")
     return _ask(this, lambda: this.provider.page(this.session, connection, cursor=cursor, since=since, limit=rows))
@@ -210,6 +210,8 @@ def _ask(this: Reading, call: Callable[[], T]) -> T | None:
         granted, wait = limits.reserve(connection=connection, want=1, urgent=False, now=this.clock())
         if granted:
             break
+        if wait > PATIENCE:
+            raise RetryLater(f"The calls that {connection.name} may be sent today are used up.")
         this.sleep(min(max(wait, 0.01), NAP))
     else:
         return None

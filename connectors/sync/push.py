@@ -44,6 +44,8 @@ CLAIM_ROWS = 50
 CONCURRENT_CALLS = 8
 # While nothing may be sent: how often to look whether the work is to stop.
 NAP = 0.25
+# A call that may not be made within this many seconds is not waited for.
+PATIENCE = 900.0
 
 
 def push(
@@ -161,7 +163,12 @@ class _Calls:
 
     @property
     def limited(self) -> bool:
-        return self.part.connection.rate is not None
+        return limits.limited(self.part.connection)
+
+    @property
+    def over(self) -> bool:
+        """Whether the next call may be made so late that others had better use this thread: the day's are used up."""
+        return self.wait > PATIENCE
 
     def rows(self, *, queued: int) -> int | None:
         """How many links to claim, so that others are not kept waiting for calls that may not be made yet."""
@@ -190,7 +197,7 @@ class _Calls:
         if self.left <= queued:
             self._reserve(CONCURRENT_CALLS)
         while self.left <= queued:
-            if not wait:
+            if not wait or self.over:
                 return False
             if self.part.stop() or (self.part.until is not None and self.part.clock() >= self.part.until):
                 return False
@@ -284,7 +291,7 @@ class _Sender:
                         self.progress(self.part.totals)
                     else:
                         self.part.sleep(min(max(self.calls.wait, 0.01), NAP))
-                        self.closed = self.closed or self._is_late()
+                        self.closed = self.closed or self.calls.over or self._is_late()
         finally:
             # Also when the login server gives no token now: what was not sent is not to count as lost.
             unsent = [one for batch in self.queue for one in batch.held()]

@@ -7,7 +7,7 @@ from django.db import migrations, models
 class Migration(migrations.Migration):
 
     dependencies = [
-        ('customers', '0004_personal_data'),
+        ('customers', '0005_reveal_and_search'),
     ]
 
     operations = [

@@ -212,6 +212,21 @@ def test_each_field_says_what_happens_to_it(
     assert "Push 1 change to Commenda" in page.content.decode()
 
 
+def test_how_a_field_is_named_there_is_shown(
+    system: Callable[..., Connection], customer: Customer, admin_client: Client
+) -> None:
+    said = {}
+    for provider in ("cheqpay", "rootfi"):
+        page = preview(admin_client, customer, system(provider))
+        said |= {f"{provider} {one.title}": one.sent_as for one in page.context["systems"][0].lines if one.sends}
+    assert said["cheqpay Name"] == 'firstName "Jane", lastName "Doe"'
+    assert said["cheqpay First name"] == 'firstName "Jane"'
+    assert said["cheqpay Notify by phone"] == "notificationOptions.notifyPhone false"
+    assert said["rootfi Address line 1"] == 'address.street "1 Main St"'
+    assert said["rootfi Active"] == 'status "ACTIVE"'
+    assert "rootfi Address line 2" not in said
+
+
 def test_a_conflict_waits_and_the_rest_is_sent(
     system: Callable[..., Connection], customer: Customer, wire: Wire, admin_client: Client
 ) -> None:

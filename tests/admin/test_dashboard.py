@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import queue
 import threading
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from customers import editing
 from customers.models import Organization
 from tests.admin.test_needs_you import put
 from tests.connectors.test_admin import COMMAND, new_customer, staff
+from tests.connectors.test_celery import BROKER
 
 URL = "/admin/"
 RIGHTS = (
@@ -289,3 +291,12 @@ def test_a_worker_is_seen_while_it_runs_and_not_afterwards() -> None:
 def test_ages_in_words() -> None:
     spans = {5: "5 s", 60: "1 min", 7199: "1 h", 86_400: "1 d", 10**6: "11 d", -5: "0 s"}
     assert {seconds: age(timedelta(seconds=seconds)) for seconds in spans} == spans
+
+
+def test_celery_is_seen_when_one_of_its_workers_looks(db: None, settings: Any) -> None:
+    pytest.importorskip("celery")
+    settings.CELERY_BROKER_URL = BROKER  # it is not asked: nothing is due
+    module = importlib.import_module("connectors.celery")
+    module._next_look = 0.0
+    module.look()
+    assert list(Heartbeat.objects.values_list("name", "kind")) == [(heartbeat.process_name(), "celery")]

@@ -1,5 +1,6 @@
 """API keys: what they may, until when, and that a revoked one ends at once."""
 
+import json
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -10,7 +11,7 @@ from django.test import Client
 from django.utils import timezone
 
 from connectors.models import ApiKey, Connection
-from customers.models import Organization
+from customers.models import Customer, Organization
 from tests.connectors.test_admin import staff
 from tests.connectors.test_commands import run
 
@@ -50,6 +51,42 @@ def test_a_key_may_do_what_its_scopes_name(issue: Callable[..., Any], api: Clien
         assert api.get(LIST, headers=bearer(secret)).status_code == read
         answer = api.post(ONE, body, content_type="application/json", headers=bearer(secret))
         assert answer.status_code == write
+
+
+def test_a_strict_key_refuses_what_cannot_be_repeated_safely(issue: Callable[..., Any], api: Client) -> None:
+    _, secret = issue(strict=True)
+    body = {"name": "Ada", "email": "a@example.com"}
+
+    def send(method: str, path: str, body: Any = None, **headers: str) -> Any:
+        data = json.dumps(body) if body is not None else b""
+        return api.generic(method, path, data, content_type="application/json", headers={**bearer(secret), **headers})
+
+    refused = send("POST", ONE, body)
+    assert (refused.status_code, [*refused.json()]) == (400, ["message", "errors"])
+    assert "Idempotency-Key" in refused.json()["message"]
+    # Another mirrored API, in its own shape.
+    other = send("POST", "/v3/ecommerce/customers", {}, api_key=secret)
+    assert (other.status_code, "Idempotency-Key" in other.content.decode()) == (400, True)
+    assert not Customer.objects.exists()
+    made = send("POST", ONE, body, **{"Idempotency-Key": "1"})
+    assert made.status_code == 201
+    address = f"{ONE}/{made.json()['data']['id']}"
+    for method, change in (("PUT", body), ("PATCH", {"phone": "1"}), ("DELETE", None)):
+        assert send(method, address, change).status_code == 428
+        assert send(method, address, change, **{"If-Match": '"v9"'}).status_code == 412
+    assert Customer.objects.get().version == 1
+    assert send("PATCH", address, {"phone": "1"}, **{"If-Match": made["ETag"]}).status_code == 200
+    assert send("PUT", address, {**body, "phone": "2"}, **{"If-Match": "*"}).status_code == 200
+    update = {"action": "update", "id": made.json()["data"]["id"], "values": {"phone": "3"}}
+    items = [update, {"action": "create", "values": {"name": "B"}}]
+    bulk = send("POST", "/api/v1/unified/customers/bulk", {"items": items}, **{"Idempotency-Key": "2"}).json()["data"]
+    assert [item["status"] for item in bulk["items"]] == ["failed", "created"]
+    assert bulk["items"][0]["error"]["code"] == "version_required"
+    items = [{**update, "if_match": "v3"}]
+    bulk = send("POST", "/api/v1/unified/customers/bulk", {"items": items}, **{"Idempotency-Key": "3"}).json()["data"]
+    assert bulk["items"][0]["status"] == "updated"
+    assert send("DELETE", address, **{"If-Match": '"v4"'}).status_code == 204
+    assert send("POST", f"{address}/restore", **{"Idempotency-Key": "4"}).status_code == 200
 
 
 def test_a_stored_scope_that_is_no_longer_offered_does_no_harm(

@@ -120,6 +120,33 @@ def test_links_need_the_same_statements_however_many(
     assert counts[0] == counts[1] <= 5
 
 
+def test_a_customer_and_a_list_show_their_links_when_asked(
+    call: Callable[..., Any], target: Callable[..., Connection], organization: Organization, customer: Customer
+) -> None:
+    [other] = editing.create(organization=organization, values=[{"name": "B"}], actor=ACTOR)
+    books, shop = target("books"), target("shop")
+    first = link(customer, books, remote_id="r-1", pushed_version=1, needed_version=1, is_primary=True)
+    link(customer, shop, needed_version=1, state=LinkState.REJECTED, error="Too short.", error_field="phone")
+    alone = call("GET", f"{ONE}/{customer.public_id}/links").json()["data"]
+    plain = call("GET", f"{ONE}/{customer.public_id}").json()["data"]
+    assert "links" not in plain
+    shown = call("GET", f"{ONE}/{customer.public_id}?expand=links")
+    assert shown.json()["data"] == {**plain, "links": alone}
+    for query in ("expand=links", "expand=links&cursor="):
+        with CaptureQueriesContext(database) as queries:
+            found = call("GET", f"/api/v1/unified/customers?{query}").json()["data"]
+        assert [one["links"] for one in found] == [alone, []]
+        assert [one["id"] for one in found] == [customer.public_id, other.public_id]
+        assert len(queries) <= 6
+    # A link may change while the customer stays as it is: what was read with its links is always sent again.
+    CustomerLink.objects.filter(pk=first.pk).update(state=LinkState.CONFLICT, pushed_version=0)
+    assert call("GET", f"{ONE}/{customer.public_id}", **{"If-None-Match": shown["ETag"]}).status_code == 304
+    again = call("GET", f"{ONE}/{customer.public_id}?expand=links", **{"If-None-Match": shown["ETag"]})
+    assert again.status_code == 200
+    assert again.json()["data"]["links"][0]["state"] == "conflict"
+    assert call("GET", f"{ONE}/{customer.public_id}?expand=all").status_code == 400
+
+
 def test_an_old_id_leads_to_the_survivors_links(
     call: Callable[..., Any], target: Callable[..., Connection], organization: Organization, customer: Customer
 ) -> None:

@@ -107,6 +107,18 @@ def key_invalid(call: Call, ada: Customer) -> Any:
     return call("PATCH", f"/customer/{ada.public_id}", {"phone": "1"}, **{"Idempotency-Key": "k" * 256})
 
 
+def strict_key(organization: Organization) -> str:
+    return ApiKey.issue(organization=organization, name="strict", strict=True)[1]
+
+
+def key_missing(call: Call, ada: Customer) -> Any:
+    return call("POST", f"/customer/{ada.public_id}/push", {}, key=strict_key(ada.organization))
+
+
+def version_required(call: Call, ada: Customer) -> Any:
+    return call("PATCH", f"/customer/{ada.public_id}", {"phone": "1"}, key=strict_key(ada.organization))
+
+
 def nothing_to_push(call: Call, ada: Customer) -> Any:
     return call("POST", f"/customer/{ada.public_id}/push", {})
 
@@ -139,6 +151,8 @@ PROVOKED = {
     "idempotency_in_progress": in_progress,
     "idempotency_key_reused": reused,
     "idempotency_key_invalid": key_invalid,
+    "idempotency_key_missing": key_missing,
+    "version_required": version_required,
     "nothing_to_push": nothing_to_push,
     "rate_limited": rate_limited,
     "cursor_expired": cursor_expired,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, timezone
 from threading import Barrier, Lock, Thread
 from typing import Any
 
@@ -25,11 +25,15 @@ from connectors.exceptions import (
 )
 from connectors.models import Connection, CustomerLink, Issue
 from connectors.outbound import Session
+from connectors.providers import PROVIDERS
 from connectors.states import LinkState
 from connectors.sync import issues, limits
+from connectors.sync.push import push
+from connectors.sync.request import request
 from customers import editing
 from customers.editing import Actor
 from customers.models import Organization
+from tests.connectors.fakes import FakeLinks
 
 NOW = datetime(2026, 1, 31, 12, tzinfo=UTC)
 LOST = OutcomeUnknown("No usable answer came.")
@@ -177,6 +181,58 @@ def test_a_clock_that_is_behind_makes_no_calls_and_a_wrong_one_does_not_stop_the
     assert take(books, 1, 24 * 3600)[0] == 1  # a worker whose clock is a day ahead
     assert take(books, 1, 32)[0] == 0
     assert take(books, 1, 33)[0] == 1
+
+
+def test_a_day_has_so_many_calls_and_the_last_tenth_is_for_those_who_wait(books: Connection) -> None:
+    limit(books, None, day_limit=100)
+    assert take(books, 60) == (60, 0.0)
+    granted, wait = take(again(books), 60, at=10)
+    assert (granted, wait) == (30, 0.0)
+    # It is noon: the rest of the day is left to those who wait.
+    granted, wait = take(again(books), 1, at=60)
+    assert (granted, wait) == (0, 12 * 3600 - 60)
+    assert take(again(books), 8, urgent=True) == (8, 0.0)
+    limits.give_back(connection=again(books), calls=3, now=after(90))
+    assert take(again(books), 9, urgent=True) == (5, 0.0)
+    assert take(again(books), 1, urgent=True)[0] == 0
+    # The day ends by UTC, whatever the zone of the clock.
+    tomorrow = after(12 * 3600).astimezone(timezone(timedelta(hours=-8)))
+    assert limits.reserve(connection=again(books), want=95, urgent=False, now=tomorrow) == (90, 0.0)
+    limits.give_back(connection=again(books), calls=500, now=tomorrow)
+    assert again(books).day_calls == 0
+
+
+def test_a_day_counts_what_the_bucket_grants(books: Connection) -> None:
+    limit(books, 10.0, 5, day_limit=100)
+    assert take(books, 50) == (4, 0.1)
+    assert again(books).day_calls == 4
+    assert take(again(books), 50)[0] == 0
+    assert again(books).day_calls == 4
+    limit(again(books), 10.0, 5, day_limit=1)
+    assert take(again(books), 1, at=60, urgent=True)[0] == 0
+
+
+def test_a_push_leaves_what_the_day_has_no_calls_for(
+    connect: Callable[..., Connection], organization: Organization
+) -> None:
+    system = FakeLinks()
+    books = connect(
+        "links", direction="push", base_url="https://books.example.com/api/v1", credentials={"api_key": "remote-key"}
+    )
+    Connection.objects.filter(pk=books.pk).update(day_limit=10)
+    books.refresh_from_db()
+    values = [{"name": f"N{n}", "email": f"{n}@example.com"} for n in range(12)]
+    customers = editing.create(organization=organization, values=values, actor=Actor(kind="user", name="Jo"))
+    request(connection=books, actor=Actor(kind="user", name="Jo"))
+    links = PROVIDERS["links"]
+    push(connection=books, provider=links, session=links.session(books, client=system.client()))
+    assert len(system.records) == CustomerLink.objects.exclude(remote_id=None).count() == 9
+    left = CustomerLink.objects.get(customer=customers[-1])
+    assert (left.state, left.attempts, left.lease_token) == (LinkState.OPEN, 0, "")
+    # Somebody waits for this one.
+    request(connection=books, actor=Actor(kind="user", name="Jo"), customer_ids=[left.customer_id], urgent=True)
+    push(connection=books, provider=links, session=links.session(books, client=system.client()))
+    assert len(system.records) == 10
 
 
 @pytest.mark.django_db(transaction=True)

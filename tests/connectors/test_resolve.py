@@ -392,7 +392,7 @@ def test_the_command_recreates_what_is_gone_only_when_told(shops: Any) -> None:
     shop = shops(socket=True, **NOTHING)
     link = gone(shop)
     listed = run("retry_customers", "shop", "--list", "--json")
-    assert (listed.totals, listed.objects[0]["problems"][0]["state"]) == ({"refused": 1}, "gone")
+    assert (listed.totals, listed.objects[0]["problems"][0]["state"]) == ({"refused": 1}, "remote_deleted")
     assert run("retry_customers", "shop", "--state=gone").code == 2
     dry = run("retry_customers", "shop", "--state=gone", "--dry-run", "--json")
     assert dry.totals == {"created": 1}

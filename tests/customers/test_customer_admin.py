@@ -31,7 +31,10 @@ def staff(organization: Organization | None, *rights: str, name: str = "clerk") 
     return client
 
 
-EDIT = ("customers.view_customer", "customers.change_customer", "customers.add_customer")
+EDIT = (
+    *("customers.view_customer", "customers.change_customer", "customers.add_customer"),
+    "customers.view_personal_data",
+)
 
 
 def address(customer: Customer, what: str = "change") -> str:
@@ -215,7 +218,7 @@ def test_a_customer_is_archived_and_restored_but_never_deleted(organization: Org
     assert "Archived on" in client.get(address(customer)).content.decode()
     assert list(client.get(LIST, {"archived": "no"}).context["cl"].result_list) == []
     assert len(client.get(LIST, {"archived": "yes"}).context["cl"].result_list) == 1
-    client.post(LIST, {"action": "restore_selected", "_selected_action": [str(customer.pk)]})
+    client.post(address(customer, "restore"))
     customer.refresh_from_db()
     assert customer.archived_at is None
     assert client.get(address(customer, "delete")).status_code == 403

@@ -52,6 +52,11 @@ class Command(HubCommand):
             metavar="CALLS",
             help="Requests per second; 0 for no limit. Without it: as the hub is set.",
         )
+        parser.add_argument(
+            "--strict",
+            action="store_true",
+            help="Refuse a POST without Idempotency-Key and a change without If-Match.",
+        )
         parser.add_argument("--create-organization", action="store_true", help="Make the organization if need be.")
 
     def handle(self, *args: Any, **options: Any) -> None:
@@ -72,6 +77,7 @@ class Command(HubCommand):
             name=options["name"].strip(),
             scopes=options["scopes"] and list(dict.fromkeys(options["scopes"])),
             rate=options["rate"],
+            strict=options["strict"],
             expires_at=timezone.now() + timedelta(days=days) if days else None,
         )
         self.stdout.write(secret)

@@ -42,7 +42,6 @@ STATES = {
     "uncertain": LinkState.UNCERTAIN,
     "gone": GONE,
 }
-NAMES = {state: name for name, state in STATES.items()}
 COLUMNS = {LinkState.REJECTED: "refused", GONE: "refused"}
 DANGERS = {
     "uncertain": "Their creates may have arrived: sending them again may make a second record of each customer."
@@ -77,20 +76,16 @@ def show(command: HubCommand, connection: Connection, outcome: Outcome, stop: St
     links = parked(connection, options, [STATES[options["state"]]] if options["state"] else PARKED)
     reasons = ("state", "error_field", "error")
     for state, name, error, number in links.order_by().values_list(*reasons).annotate(n=Count("pk")):
-        outcome.problems[_word(state), name, error or _sentence(state)] += number
+        outcome.problems[state, name, error or _sentence(state)] += number
         outcome.totals[COLUMNS.get(LinkState(state), "uncertain")] += number
     place = Window(RowNumber(), partition_by=[F(column) for column in reasons], order_by="pk")
     first = links.annotate(place=place).filter(place__lte=SAMPLES).order_by(*reasons, "pk")
     samples: dict[tuple[str, str, str], list[str]] = {}
     for state, name, error, customer in first.values_list(*reasons, "customer"):
-        samples.setdefault((_word(state), name, error or _sentence(state)), []).append(public_id("cust", customer))
+        samples.setdefault((state, name, error or _sentence(state)), []).append(public_id("cust", customer))
     for (state, name, reason), _ in outcome.problems.most_common():
         ids = samples.get((state, name, reason), [])
-        outcome.samples.append(f"{state}: {f'{name}: ' if name else ''}{reason} {', '.join(ids)}")
-
-
-def _word(state: str) -> str:
-    return NAMES.get(LinkState(state), state)
+        outcome.samples.append(f"{STATUSES[state].word}: {f'{name}: ' if name else ''}{reason} {', '.join(ids)}")
 
 
 def _sentence(state: str) -> str:

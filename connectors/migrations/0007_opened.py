@@ -9,7 +9,7 @@ from django.db import migrations, models
 class Migration(migrations.Migration):
 
     dependencies = [
-        ('connectors', '0005_record_url'),
+        ('connectors', '0006_record_url'),
         ('customers', '0004_personal_data'),
     ]
 

@@ -7,7 +7,7 @@ from django.db import migrations, models
 class Migration(migrations.Migration):
 
     dependencies = [
-        ('connectors', '0003_api'),
+        ('connectors', '0005_day_limit'),
     ]
 
     operations = [

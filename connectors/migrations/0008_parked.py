@@ -6,7 +6,7 @@ from django.db import migrations, models
 class Migration(migrations.Migration):
 
     dependencies = [
-        ('connectors', '0006_opened'),
+        ('connectors', '0007_opened'),
         ('customers', '0004_personal_data'),
     ]
 
