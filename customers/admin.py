@@ -806,6 +806,12 @@ class UserAdmin(Ticked, DjangoUserAdmin, theme.ModelAdmin):  # type: ignore[type
         theirs = Organization.objects.filter(members=OuterRef("pk"))
         return people.filter(Exists(theirs.filter(pk__in=own)), ~Exists(theirs.exclude(pk__in=own)), is_superuser=False)
 
+    def get_object(self, request: HttpRequest, object_id: str, from_field: str | None = None) -> User:
+        found: User | None = super().get_object(request, object_id, from_field)
+        if found is None:
+            raise Http404
+        return found
+
     def has_change_permission(self, request: HttpRequest, obj: User | None = None) -> bool:
         if not super().has_change_permission(request, obj):
             return False

@@ -113,6 +113,7 @@ PAGES: dict[str, Page] = {
     "customers_customer_archive": Page(post="customers.change_customer", of="customer"),
     "customers_customer_restore": Page(post="customers.change_customer", of="archived"),
     "customers_customer_note": Page(post=NOTE, of="customer", data={"text": "Called back."}),
+    "customers_customer_reveal": Page(post=_both("customers.reveal_personal_data", SEE_CUSTOMERS), of="customer"),
     "customers_customer_preview": Page(get=COMPARE, of="customer", look=True),
     "customers_customer_read": Page(post=_both(PUSH, SEE_CUSTOMERS), of="customer"),
     "customers_customer_link": Page(get=_both(PUSH, SEE_CUSTOMERS), of="customer", look=True),
@@ -123,6 +124,7 @@ PAGES: dict[str, Page] = {
     "customers_customer_import_confirm": Page(get="customers.import_customer", arguments=(NO_FILE,), status=404),
     "customers_customer_export": Page(get=_both("customers.export_customer", SEE_CUSTOMERS), arguments=("csv",)),
     **_model("customers", "customerchange"),
+    **_model("customers", "reveal"),
     # Connections
     **_model(
         "connectors",
@@ -155,7 +157,9 @@ PAGES: dict[str, Page] = {
     "connectors_customerlink_needs_you": Page(
         get=f"{SEE_LINKS} | connectors.change_connection | connectors.change_issue", look=True
     ),
-    "connectors_customerlink_push_again": Page(post=f"{PUSH} & {SEE_LINKS}"),
+    "connectors_customerlink_push_again": Page(
+        post=f"{PUSH} & {SEE_LINKS}", data={"connection": "{connection}", "cause": ""}
+    ),
     "connectors_customerlink_conflicts": Page(get=SEE_LINKS, post=f"{PUSH} & {SEE_LINKS}", look=True),
     "connectors_customerlink_resolve": Page(
         get=SEE_LINKS,
@@ -182,9 +186,8 @@ PAGES: dict[str, Page] = {
         add="auth.add_user & auth.change_user",
         change="auth.change_user",
         delete="auth.delete_user",
-        shared=True,
     ),
-    "auth_user_password_change": Page(get="auth.change_user", post="auth.change_user", of="user", shared=True),
+    "auth_user_password_change": Page(get="auth.change_user", post="auth.change_user", of="user"),
     **_model(
         "auth",
         "group",
@@ -205,7 +208,7 @@ ACTIONS: dict[tuple[str, str], Page] = {
     ),
     ("issue", "see_to_selected"): Page(post="connectors.change_issue", of="issue"),
     ("apikey", "revoke_selected"): Page(post="connectors.change_apikey", of="apikey", data={"confirmed": "yes"}),
-    ("user", "delete_selected"): Page(post="auth.delete_user", of="user", data={"post": "yes"}, shared=True),
+    ("user", "delete_selected"): Page(post="auth.delete_user", of="user", data={"post": "yes"}),
     ("group", "delete_selected"): Page(post="auth.delete_group", of="group", data={"post": "yes"}, shared=True),
 }
 # The rights to see that a list asks for before it offers its actions.
@@ -248,6 +251,12 @@ def address(name: str, world: World, *, query: bool = False) -> str:
         except NoReverseMatch as error:
             raise AssertionError(f"{name}: name in PAGES what the address takes ({error})") from None
     return path + (f"?{page.query}" if query and page.query else "")
+
+
+def data(page: Page, world: World) -> dict[str, Any]:
+    """What is posted; a name of `World.objects` in braces stands for that object's id."""
+    ids = {name: found.pk for name, found in world.objects.items()}
+    return {name: str(value).format(**ids) for name, value in page.data.items()}
 
 
 def actions() -> set[tuple[str, str]]:

@@ -104,7 +104,7 @@ def test_a_form_from_elsewhere_is_refused(name: str, here: World) -> None:
     client.force_login(User.objects.create_superuser("alex"))
     page = PAGES[name]
     before = dict(world.rows())
-    for data in (page.data, {**page.data, "csrfmiddlewaretoken": "a" * 64}):
+    for data in (pages.data(page, here), {**pages.data(page, here), "csrfmiddlewaretoken": "a" * 64}):
         assert client.post(pages.address(name, here), data).status_code == 403, name
     assert dict(world.rows()) == before
 
@@ -116,7 +116,7 @@ def test_an_action_neither_follows_a_link_nor_a_form_from_elsewhere(model: str, 
     address = reverse(f"admin:{subject._meta.app_label}_{model}_changelist")
     client = Client(enforce_csrf_checks=True)
     client.force_login(User.objects.create_superuser("alex"))
-    data = {"action": action, ACTION_CHECKBOX_NAME: str(subject.pk), "index": "0", **page.data}
+    data = {"action": action, ACTION_CHECKBOX_NAME: str(subject.pk), "index": "0", **pages.data(page, here)}
     before = dict(world.rows())
     client.get(address, data)
     assert client.post(address, data).status_code == 403

@@ -15,7 +15,7 @@ from connectors.models import ApiKey, Conflict, Connection, CustomerLink, Issue,
 from connectors.states import LinkState
 from customers import editing
 from customers.editing import Actor
-from customers.models import Customer, CustomerChange, Organization
+from customers.models import Customer, CustomerChange, Organization, Reveal
 
 ACTOR = Actor(kind="command", name="test")
 SECRET = "remote-key"
@@ -144,7 +144,11 @@ def make(organization: Organization, *, url: str = "") -> World:
     }  # fmt: skip
     key, _ = ApiKey.issue(organization=organization, name="webshop")
     colleague = User.objects.create(username=f"colleague-{organization.slug}", is_staff=True)
+    organization.members.add(colleague)
     group = Group.objects.create(name=f"Night shift of {organization.name}")
+    reveal = Reveal.objects.create(
+        organization=organization, customer=customers["in_sync"], at=now, user_id="1", user_name="Alex", reason="a call"
+    )
     world = World(organization=organization, books=books, customer=customers["in_sync"], links=links, runs=runs)
     world.objects = {
         "customer": customers["in_sync"],
@@ -163,6 +167,7 @@ def make(organization: Organization, *, url: str = "") -> World:
         "uncertain_link": links["uncertain"],
         "running_run": runs["running"],
         "apikey": key,
+        "reveal": reveal,
         "customerlink": links["in_sync"],
         "syncrun": runs["done"],
         "issue": issue,
