@@ -236,7 +236,16 @@ UNFOLD = {
                 "title": "Systems",
                 "items": [
                     sidebar("Connections", "lan", "connectors_connection_changelist", "connectors.view_connection"),
-                    sidebar("Links", "link", "connectors_customerlink_changelist", "connectors.view_customerlink"),
+                    {
+                        **sidebar(
+                            "Links", "link", "connectors_customerlink_changelist", "connectors.view_customerlink"
+                        ),
+                        # "Needs you" lies below this address and has an entry of its own.
+                        "active": lambda request: (
+                            request.path.startswith("/admin/connectors/customerlink/")
+                            and not request.path.endswith("/needs-you/")
+                        ),
+                    },
                     sidebar("Runs", "sync", "connectors_syncrun_changelist", "connectors.view_syncrun"),
                     sidebar("Issues", "report", "connectors_issue_changelist", "connectors.view_issue"),
                     sidebar("API keys", "key", "connectors_apikey_changelist", "connectors.view_apikey"),

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.screenshots.make import LARGEST
+from tests.screenshots.make import README as PICTURES
 from tests.test_quickstart import environment, free_port, quickstart
 
 ROOT = Path(__file__).parent.parent
@@ -40,6 +42,13 @@ def test_every_file_it_names_is_there() -> None:
         assert (ROOT / name).exists(), name
     for name in re.findall(r"\]\(([\w/.]+)\)", README):
         assert (ROOT / name).exists(), name
+
+
+def test_its_pictures_are_small_and_made_by_the_command() -> None:
+    shown = re.findall(r"!\[[^\]]+\]\((tests/screenshots/(\w+)\.png)\)", README)
+    assert {name for _, name in shown} == set(PICTURES)
+    for path, _ in shown:
+        assert (ROOT / path).stat().st_size < LARGEST
 
 
 def test_every_setting_it_names_is_one() -> None:

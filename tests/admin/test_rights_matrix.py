@@ -215,6 +215,7 @@ def test_no_action_reaches_into_another_organization(
         return
     subject = here.objects[page.of]
     client = Person(other_organization, "foreigner").with_rights(frozenset(PERMISSIONS))
+    across = "0" if action == "delete_selected" else "1"  # all that this person sees: themselves among the people
     before = dict(world.rows())
     data = {
         "action": action,

@@ -49,7 +49,9 @@ def visitor(mode: Mode, live_server: Any) -> Iterator[Person]:
 
 
 @pytest.fixture
-def alex(db: None) -> User:
+def alex(db: None, settings: Any) -> User:
+    # A password that is slow to check costs each test half a second.
+    settings.PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
     return User.objects.create_superuser("alex", password="secret")
 
 

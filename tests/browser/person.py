@@ -242,7 +242,8 @@ class Person:
     def is_quiet(self) -> None:
         """The console shows no error."""
         severe = [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] == "SEVERE"]
-        assert [message for message in severe if "favicon" not in message] == []
+        told = [message for message in severe if "favicon" not in message]
+        assert not told, f"{self.driver.current_url}: {told}"
 
     def judged(self) -> Person:
         """For pages that only a press leads to: what the list of pages cannot visit is judged on the way."""
@@ -251,7 +252,7 @@ class Person:
         assert not (wrong := self.wrongly_built()), wrong
         return self
 
-    def barriers(self) -> list[str]:
+    def barriers(self, *, colours_alone: bool = False) -> list[str]:
         """What axe finds serious or critical on this page, one line each."""
         if not self.driver.execute_script("return 'axe' in window"):
             self.driver.execute_script(AXE_SCRIPT)
@@ -259,7 +260,7 @@ class Person:
             "const done = arguments[arguments.length - 1];"
             "axe.run(document, {runOnly: arguments[0], resultTypes: ['violations']}).then("
             "found => done(found.violations), error => done([{id: String(error), impact: 'critical', nodes: []}]))",
-            WCAG,
+            ["color-contrast", "link-in-text-block"] if colours_alone else WCAG,
         )
         return [
             f"{rule['id']} ({rule['impact']}): {node['target'][0]} {node.get('any') and node['any'][0]['message']}"

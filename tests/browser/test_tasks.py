@@ -98,7 +98,7 @@ def test_push_many_at_once_after_looking_at_what_it_comes_down_to(
     customer(acme.organization, name="Another Company", email="")
     person.open(CUSTOMERS)
     for box in person.driver.find_elements("css selector", "#result_list tbody input[name=_selected_action]"):
-        box.click()
+        person.to(box).click()
     person.choose("select[name=action]", "Push to connected systems…").click("button[name=index]")
     person.reads("Books", "1 created", "1 refused", "Nothing is sent before you confirm").judged()
     assert far.system.ledger == []
@@ -154,7 +154,7 @@ def test_connect_a_system_step_by_step(person: Person, acme: Customer, alex: Use
     acme_box = person.driver.find_element("css selector", f"input[name=customers][value='{acme.pk}']")
     person.to(acme_box).click()
     person.press("Send these now").reads("Acme Corporation", "In sync", "cust_1").judged()
-    person.press("Open the connection").reads("Open since")
+    person.press("Open the connection").reads("Books is open", "Healthy")
     books.refresh_from_db()
     assert books.opened_at
     assert len(far.system.writes) == 1
@@ -167,7 +167,7 @@ def test_import_a_file_after_looking_at_what_it_would_do(person: Person, acme: C
     )
     person.open(CUSTOMERS).press("Import…").judged()
     person.driver.find_element("css selector", "input[type=file]").send_keys(str(file))
-    person.press("Upload").reads("Would create", "contact@acme.com → new@acme.com").judged()
+    person.press("Upload").reads("Would create", "‹contact@acme.com› → ‹new@acme.com›").judged()
     assert Customer.objects.count() == 1
     person.press("Import 3 rows").reads("Queued").judged()
     work()

@@ -12,7 +12,7 @@ from typing import Any
 from django.db.models import F
 from django.utils import timezone
 
-from connectors.models import Conflict, Connection, CustomerLink, Issue
+from connectors.models import Conflict, Connection, CustomerLink
 from customers import editing
 from customers.editing import Actor
 from customers.models import Customer, Organization
@@ -50,18 +50,20 @@ def main() -> None:
             here=phone, there=THERE, outcome="waiting", at=now - timedelta(minutes=7 * number),
         )  # fmt: skip
     link(7, links, state="uncertain", error="No answer came in time.", needed_version=2)
-    Issue.objects.create(
-        organization=demo, connection=links, kind=Issue.Kind.REJECTED, fingerprint="example",
-        message="Links needs an e-mail address.", first_at=now - timedelta(hours=2), last_at=now,
-    )  # fmt: skip
     edited = one(3)
     Connection.objects.filter(pk=commenda.pk).update(state="paused", state_reason="Stocktaking (Sam)")
     changed = {"phone": "+1 202-555-0177", "address_line1": "30 Example Street"}
     editing.update(organization=demo, values={edited.pk: changed}, actor=sam)
     time.sleep(4)  # the worker sends what it may
-    Connection.objects.filter(pk=commenda.pk).update(state="active", state_reason="")
     CustomerLink.objects.filter(customer=edited, connection=commenda).update(next_attempt_at=None)
-    told = {"demo": demo.pk, "rejected": str(one(25).pk), "edited": str(edited.pk), "connection": links.pk}
+    Connection.objects.filter(pk=commenda.pk).update(state="active", state_reason="")
+    told = {
+        "demo": demo.pk,
+        "rejected": str(one(25).pk),
+        "edited": str(edited.pk),
+        "connection": links.pk,
+        "preview": commenda.pk,
+    }
     sys.stdout.write(json.dumps(told))
 
 

@@ -1,9 +1,13 @@
-"""Pictures of the admin, from a hub of its own with examples: `python -m tests.screenshots.make [FOLDER]`."""
+"""Pictures of the admin, from a hub of its own with examples: `python -m tests.screenshots.make [FOLDER]`.
+
+All go to the folder (data/screenshots); those that the README shows also go beside this file.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -15,6 +19,7 @@ import django
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parent.parent
+README = ("customer", "push_preview")
 LARGEST = 200_000  # bytes: the pictures are kept with the source
 
 
@@ -34,7 +39,7 @@ SHOTS = (
     Shot(name="dashboard", path="/admin/"),
     Shot(name="customers", path="/admin/customers/customer/?organization={demo}"),
     Shot(name="customer", path="/admin/customers/customer/{rejected}/change/"),
-    Shot(name="push_preview", path="/admin/customers/customer/{edited}/preview/"),
+    Shot(name="push_preview", path="/admin/customers/customer/{edited}/preview/?connection={preview}"),
     Shot(name="connection", path="/admin/connectors/connection/{connection}/change/"),
     Shot(name="needs_you", path="/admin/connectors/customerlink/needs-you/"),
     Shot(name="needs_you_dark", path="/admin/connectors/customerlink/needs-you/", dark=True),
@@ -87,6 +92,8 @@ def take(url: str, password: str, ids: dict[str, Any], folder: Path) -> None:
                 looking.driver.execute_script("document.querySelector(arguments[0]).scrollIntoView()", shot.at)
             picture = folder / f"{shot.name}.png"
             looking.driver.save_screenshot(str(picture))
+            if shot.name in README:
+                shutil.copy(picture, FOLDER)
             size = picture.stat().st_size
             sys.stdout.write(f"{picture} {size // 1000} kB{' TOO LARGE' if size > LARGEST else ''}\n")
     finally:
@@ -94,4 +101,4 @@ def take(url: str, password: str, ids: dict[str, Any], folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER)
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "data" / "screenshots")
