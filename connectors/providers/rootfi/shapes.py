@@ -9,7 +9,7 @@ from drf_spectacular.utils import OpenApiExample, OpenApiParameter, OpenApiRespo
 from rest_framework import serializers
 
 from connectors.inbound import fields
-from connectors.providers.rootfi.listing import Choice, Field, Number, Time
+from connectors.providers.rootfi.listing import Choice, Field, KeptTime, Number, Time
 from connectors.providers.rootfi.wire import MAX_ID, STATUSES, Wire
 
 
@@ -249,7 +249,7 @@ def query(
         "return_count": ({"type": "boolean", "default": False}, "Count all that fit, as `total_count`."),
     }
     # As the document has it, null is as good as nothing; of a text or a list it is a word like any other.
-    null = {"type": "string", "enum": ["null"]}
+    null = {"type": "string", "enum": ["null", ""]}
     options |= {
         name: ({"anyOf": [schema, null]}, text)
         for name, (schema, text) in options.items()
@@ -292,6 +292,8 @@ def value_of(field: Field, operator: str) -> dict[str, Any]:
             return {"type": "integer", "minimum": 0, "maximum": 10**18 - 1}
         case Time():
             moment = {"type": "string", "format": "date-time"}
+            if isinstance(field, KeptTime):
+                return moment
             return {"anyOf": [moment, {"type": "string", "enum": ["null"]}]} if operator in ("eq", "neq") else moment
         case Choice():
             return {"type": "string", "enum": list(field.choices)}
