@@ -17,7 +17,7 @@ from customers import editing
 from customers.editing import Actor
 from customers.models import Customer, Organization
 
-THERE = "+1 202-555-0199"
+THERE = "shop@example.com"
 
 
 def main() -> None:
@@ -37,25 +37,22 @@ def main() -> None:
         CustomerLink.objects.filter(pk=found.pk).update(next_attempt_at=None, **fields)
         return found
 
+    Connection.objects.filter(pk=commenda.pk).update(state="paused", state_reason="Stocktaking (Sam)")
     for number in (4, 9):
-        phone = f"+1 202-555-{200 + number:04}"
-        parked = link(
-            number, commenda, state="conflict",
-            conflicts={"phone": {"base": one(number).phone, "here": phone, "there": THERE, "at": now.isoformat()}},
-        )  # fmt: skip
-        editing.update(organization=demo, values={parked.customer_id: {"phone": phone}}, actor=sam)
-        CustomerLink.objects.filter(pk=parked.pk).update(next_attempt_at=None)
+        parked, before = one(number), one(number).email
+        email = f"office{number:02}@example.com"
+        editing.update(organization=demo, values={parked.pk: {"email": email}}, actor=sam)
+        changed = {"email": {"base": before, "here": email, "there": THERE, "at": now.isoformat()}}
         Conflict.objects.create(
-            organization=demo, connection=commenda, link=parked, field="phone", base=one(number).phone,
-            here=phone, there=THERE, outcome="waiting", at=now - timedelta(minutes=7 * number),
+            organization=demo, connection=commenda, link=link(number, commenda, state="conflict", conflicts=changed),
+            field="email", base=before, here=email, there=THERE, outcome="waiting", at=now - timedelta(minutes=number),
         )  # fmt: skip
     link(7, links, state="uncertain", error="No answer came in time.", needed_version=2)
     edited = one(3)
-    Connection.objects.filter(pk=commenda.pk).update(state="paused", state_reason="Stocktaking (Sam)")
-    changed = {"phone": "+1 202-555-0177", "address_line1": "30 Example Street"}
-    editing.update(organization=demo, values={edited.pk: changed}, actor=sam)
+    values = {"email": "orders@example.com", "shipping_address_line1": "30 Example Street"}
+    editing.update(organization=demo, values={edited.pk: values}, actor=sam)
     time.sleep(4)  # the worker sends what it may
-    CustomerLink.objects.filter(customer=edited, connection=commenda).update(next_attempt_at=None)
+    link(3, commenda)
     Connection.objects.filter(pk=commenda.pk).update(state="active", state_reason="")
     told = {
         "demo": demo.pk,
