@@ -253,7 +253,8 @@ def close_dead_runs(now: datetime) -> int:
     closed = 0
     for pk in list(dead.order_by("pk").values_list("pk", flat=True)):
         with transaction.atomic():
-            run = dead.filter(pk=pk).select_for_update().first()
+            of = ("self",) if connection.features.has_select_for_update_of else ()
+            run = dead.filter(pk=pk).select_for_update(of=of).first()
             if run is None:
                 continue
             # The links of a push have had their outcomes, whoever was to close it.

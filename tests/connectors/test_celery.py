@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 from django.conf import settings as django_settings
+from django.db import connection as database
 from django.utils import timezone
 
 from connectors import worker as working
@@ -154,6 +155,21 @@ class Processes:
             if child.poll() is None:
                 os.killpg(child.pid, signal.SIGKILL)
             child.wait()
+        # The server ends the sessions of a killed process a moment later: the database cannot be dropped before.
+        last = time.monotonic() + 10
+        while others() and time.monotonic() < last:
+            time.sleep(0.05)
+
+
+def others() -> int:
+    """How many other sessions the tests' database has."""
+    if database.vendor != "postgresql":
+        return 0
+    with database.cursor() as cursor:
+        cursor.execute(
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        )
+        return int(cursor.fetchone()[0])
 
 
 def dirty() -> int:
