@@ -62,7 +62,8 @@ def pages(link: CustomerLink, shop: Connection) -> dict[str, str]:
     )  # fmt: skip
     run = SyncRun.objects.create(
         public_id="b" * 16, organization=shop.organization, connection=shop, kind="push", actor_kind="user",
-        actor_name="x", refused=5, planned=5, started_at=now, error=f"It stopped: {OLD} and +49301234567", state="failed",
+        actor_name="x", refused=5, planned=5, started_at=now, state="failed",
+        error=f"It stopped: {OLD} and +49301234567",
     )  # fmt: skip
     CustomerLink.objects.filter(pk=link.pk).update(updated_at=timezone.now())
     return {
@@ -84,7 +85,20 @@ def pages(link: CustomerLink, shop: Connection) -> dict[str, str]:
 @pytest.mark.parametrize(
     "name",
     [
-        *("needs you", "resolve", "link", "links", "customer", "compare", "dashboard"),
+        *(
+            "first steps",
+            "connection",
+            "run",
+            "runs",
+            "rejected",
+            "needs you",
+            "resolve",
+            "link",
+            "links",
+            "customer",
+            "compare",
+            "dashboard",
+        ),
     ],
 )
 def test_no_page_repeats_what_a_refusal_quotes(organization: Organization, pages: dict[str, str], name: str) -> None:
