@@ -14,7 +14,7 @@ from django.contrib.admin.options import BaseModelAdmin
 from django.contrib.admin.views.main import ORDER_VAR, ChangeList
 from django.contrib.auth.admin import GroupAdmin as DjangoGroupAdmin
 from django.contrib.auth.admin import UserAdmin as DjangoUserAdmin
-from django.contrib.auth.models import Group, User
+from django.contrib.auth.models import Group, Permission, User
 from django.core.exceptions import PermissionDenied
 from django.core.paginator import Paginator
 from django.db import connection
@@ -807,11 +807,18 @@ class UserAdmin(Ticked, DjangoUserAdmin, theme.ModelAdmin):  # type: ignore[type
         return people.filter(Exists(theirs.filter(pk__in=own)), ~Exists(theirs.exclude(pk__in=own)), is_superuser=False)
 
     def has_change_permission(self, request: HttpRequest, obj: User | None = None) -> bool:
-        if not super().has_change_permission(request, obj):
-            return False
+        return bool(super().has_change_permission(request, obj)) and self._within_own_rights(request, obj)
+
+    def has_delete_permission(self, request: HttpRequest, obj: User | None = None) -> bool:
+        return bool(super().has_delete_permission(request, obj)) and self._within_own_rights(request, obj)
+
+    def _within_own_rights(self, request: HttpRequest, obj: User | None) -> bool:
+        """Whether these people have no right that this person lacks, were they in use."""
         if obj is None or getattr(request.user, "is_superuser", False):
             return True
-        return obj.get_all_permissions() <= request.user.get_all_permissions()
+        # Django answers that whoever is out of use has no rights: with a new password they would be back.
+        held = Permission.objects.filter(Q(user=obj.pk) | Q(group__user=obj.pk)).select_related("content_type")
+        return {f"{p.content_type.app_label}.{p.codename}" for p in held} <= request.user.get_all_permissions()
 
     def get_readonly_fields(self, request: HttpRequest, obj: User | None = None) -> list[Any]:
         return [] if getattr(request.user, "is_superuser", False) else ["is_superuser", "user_permissions"]
