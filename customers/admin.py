@@ -10,7 +10,7 @@ from typing import Any
 from uuid import UUID
 
 from django.contrib import admin, messages
-from django.contrib.admin.options import BaseModelAdmin
+from django.contrib.admin.options import BaseModelAdmin, IncorrectLookupParameters
 from django.contrib.admin.views.main import ORDER_VAR, ChangeList
 from django.contrib.auth.admin import GroupAdmin as DjangoGroupAdmin
 from django.contrib.auth.admin import UserAdmin as DjangoUserAdmin
@@ -71,6 +71,14 @@ def link_to(address: str, *args: Any, text: object) -> str:
     return format_html('<a class="hub-link" href="{}">{}</a>', reverse(address, args=args), text)
 
 
+def chosen_of(choice: admin.SimpleListFilter, rows: QuerySet[Any], column: str) -> QuerySet[Any]:
+    """The rows of the record that is chosen, all where none is; none where the address names one not offered."""
+    value = choice.value()
+    if not value:
+        return rows
+    return rows.filter(**{column: value}) if value in dict(choice.lookup_choices) else rows.none()
+
+
 class OrganizationFilter(admin.SimpleListFilter):
     title = "organization"
     parameter_name = "organization"
@@ -80,7 +88,7 @@ class OrganizationFilter(admin.SimpleListFilter):
         return [(str(organization.pk), organization.name) for organization in own] if len(own) > 1 else []
 
     def queryset(self, request: HttpRequest, queryset: QuerySet[Any]) -> QuerySet[Any]:
-        return queryset.filter(organization=value) if (value := self.value()) else queryset
+        return chosen_of(self, queryset, "organization")
 
 
 class ArchivedFilter(admin.SimpleListFilter):
@@ -132,9 +140,10 @@ class UpdatedFilter(admin.SimpleListFilter):
             return queryset.filter(updated_at__gte=timezone.now() - timedelta(days=int(value[:-1])))
         try:
             since = datetime.fromisoformat(value)
-        except ValueError:
+            since = since.astimezone(UTC) if since.tzinfo else since.replace(tzinfo=UTC)
+        except (ValueError, OverflowError):
             return queryset
-        return queryset.filter(updated_at__gte=since if since.tzinfo else since.replace(tzinfo=UTC))
+        return queryset.filter(updated_at__gte=since)
 
 
 class AuthorFilter(admin.SimpleListFilter):
@@ -261,6 +270,12 @@ class OwnAdmin(theme.ModelAdmin):
         if found is None:
             raise Http404
         return found
+
+    def get_changelist_instance(self, request: HttpRequest) -> Any:
+        # PostgreSQL refuses the character in every text that is asked for.
+        if any("\x00" in value for values in request.GET.lists() for value in values[1]):
+            raise IncorrectLookupParameters
+        return super().get_changelist_instance(request)
 
     def formfield_for_foreignkey(self, db_field: ForeignKey[Any, Any], request: HttpRequest, **kwargs: Any) -> Any:
         if db_field.related_model is Organization:

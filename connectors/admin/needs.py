@@ -205,7 +205,7 @@ class NeedsYouPages(ReadOnlyAdmin):
         chosen = _chosen(connections, request.GET.get("connection", ""))
         wanted = request.GET.get("kind", "")
         shown = [kind for kind in kinds if wanted in ("", kind)]
-        cause = request.GET.get("cause", "")
+        cause = request.GET.get("cause", "").replace("\x00", "")
         of_links = [kind for kind in shown if kind in KINDS]
         numbers = counted(connections) if set(kinds) & set(KINDS) else {}
         rows: QuerySet[Any] = waiting(chosen) if of_links else CustomerLink.objects.none()
@@ -312,7 +312,7 @@ class NeedsYouPages(ReadOnlyAdmin):
         connection = next(iter(_chosen(own_connections(request), request.POST.get("connection", "") or "-")), None)
         if connection is None:
             raise Http404
-        cause = request.POST.get("cause", "")
+        cause = request.POST.get("cause", "").replace("\x00", "")
         links = CustomerLink.objects.filter(connection=connection, state=LinkState.REJECTED, fingerprint=cause)
         back = reverse("admin:connectors_customerlink_needs_you")
         if not request.POST.get("confirmed"):

@@ -197,7 +197,7 @@ class FirstSteps(OwnAdmin):
             sentence = sentence if clear else redacted(sentence, vars(link.customer))
             sent.append((link, link_badge(link.status_key(now=now)), sentence))
         succeeded = canary_succeeded(connection)
-        term = request.GET.get("q", "").strip()
+        term = request.GET.get("q", "").replace("\x00", "").strip()
         may_see = may_push and request.user.has_perm("customers.view_customer")
         context = {
             **self.admin_site.each_context(request),
