@@ -421,7 +421,7 @@ class ConnectionAdmin(FirstSteps, OwnAdmin):
             "connection": connection,
             "checked": result,
             "rows": checking.rows(result.found, sees=sees(request.user)),
-            "refusals": result.found.refusals.most_common(10),
+            "refusals": checking.refusals(result.found, sees=sees(request.user)),
             "can_view_customers": request.user.has_perm("customers.view_customer"),
         }
         return TemplateResponse(request, "connectors/check.html", context)
