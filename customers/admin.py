@@ -33,7 +33,7 @@ from customers.forms import ABSENT, Clash, CustomerForm, label, shown
 from customers.ids import parse_public_id
 from customers.models import Customer, CustomerChange, Organization, Reveal
 from customers.normalize import clean_text, has_control_characters
-from customers.privacy import PERSONAL, REVEAL, masked, masked_all, sees
+from customers.privacy import PERSONAL, REVEAL, masked, masked_all, redacted, sees
 from customers.timeline import PEOPLE, SYSTEMS, Asked, Cursor, Source, changes, notes, reveals, timeline
 
 MOMENT = "%Y-%m-%d %H:%M:%S UTC"
@@ -749,6 +749,10 @@ class CustomerChangeAdmin(ReadOnlyAdmin):
     def sentence(self, change: CustomerChange) -> str:
         return Entry(change, clear=True).sentence
 
+    @admin.display(description="message")
+    def message_masked(self, change: CustomerChange) -> str:
+        return redacted(change.message, vars(change.customer))
+
     @admin.display(description="What")
     def sentence_masked(self, change: CustomerChange) -> str:
         return Entry(change, clear=False).sentence
@@ -760,7 +764,9 @@ class CustomerChangeAdmin(ReadOnlyAdmin):
         return self._shown(request, self.fields)
 
     def _shown(self, request: HttpRequest, names: Iterable[Any]) -> list[Any]:
-        return ["sentence_masked" if name == "sentence" and not sees(request.user) else name for name in names]
+        if sees(request.user):
+            return list(names)
+        return [f"{name}_masked" if name in ("sentence", "message") else name for name in names]
 
 
 class Ticked(BaseModelAdmin):  # type: ignore[type-arg] # none at run time

@@ -9,9 +9,13 @@ from django.test import Client
 from django.urls import reverse
 from django.utils import timezone
 
+from connectors.admin import checking
 from connectors.models import Connection, CustomerLink, Issue, SyncRun
+from connectors.sync.check import Check, Finding, Sample
+from customers import editing, privacy
+from customers.editing import Actor
 from customers.models import Customer, Organization
-from tests.admin.test_privacy import LOOK, jane, leaks  # noqa: F401 # jane is a fixture
+from tests.admin.test_privacy import COMMAND, LOOK, address, jane, leaks  # noqa: F401 # jane is a fixture
 from tests.customers.test_customer_admin import LIST, staff
 
 WORK = (
@@ -103,6 +107,29 @@ def pages(link: CustomerLink, shop: Connection) -> dict[str, str]:
 )
 def test_no_page_repeats_what_a_refusal_quotes(organization: Organization, pages: dict[str, str], name: str) -> None:
     assert told(staff(organization, *WORK), pages[name]) == []
+
+
+def test_what_people_wrote_is_told_without_what_is_personal(organization: Organization, jane: Customer) -> None:  # noqa: F811
+    editing.note(customer=jane, text=f"Asked us to call +49 301 234567, lives in {jane.address_line1}", actor=COMMAND)
+    said = Actor(kind="user", name="Anna", message=f"was {OLD}")
+    editing.update(organization=organization, values={jane.pk: {"name": "Jane Roe"}}, actor=said)
+    viewer, everyone = staff(organization, *LOOK), staff(organization, *LOOK, privacy.SEE, name="everyone")
+    changes = reverse("admin:customers_customerchange_changelist")
+    one = reverse("admin:customers_customerchange_change", args=[jane.changes.latest("version").pk])
+    for page in (address(jane), changes, one):
+        assert told(viewer, page) == []
+        assert OLD in told(everyone, page)
+    assert "Asked us to call" in viewer.get(address(jane)).content.decode()
+
+
+def test_what_a_check_found_is_told_without_what_is_personal(jane: Customer) -> None:  # noqa: F811
+    found = Check()
+    words = f"{OLD} of {jane.address_line1} is not valid."
+    found.add(Finding.REFUSED, Sample(customer=jane, reason=words))
+    found.refusals["email", f"{OLD} is not valid."] += 2
+    [blind], [seeing] = checking.rows(found, sees=False), checking.rows(found, sees=True)
+    assert (blind.samples[0][3], seeing.samples[0][3]) == ("••• of ••• is not valid.", words)
+    assert checking.refusals(found, sees=False) == [("••• is not valid.", 2)]
 
 
 def test_no_page_before_pushing_again_repeats_it(organization: Organization, link: CustomerLink) -> None:
