@@ -259,6 +259,8 @@ class FirstSteps(OwnAdmin):
         if not self.has_change_permission(request):
             raise PermissionDenied
         connection = self.get_object(request, object_id)
+        if connection.calls_us or connection.provider not in PROVIDERS:
+            return self.back(connection)  # its settings are where it begins to be sent to, and closed until then
         direction, policy = request.POST.get("direction", ""), request.POST.get("create_policy", "")
         known = direction in Connection.Direction.values and direction != Connection.Direction.CALLS_US
         if not known or policy not in Connection.CreatePolicy.values or not self._possible(connection, direction):
@@ -274,6 +276,8 @@ class FirstSteps(OwnAdmin):
         if not self.has_change_permission(request):
             raise PermissionDenied
         connection = self.get_object(request, object_id)
+        if connection.calls_us or connection.provider not in PROVIDERS:
+            return self.back(connection)
         provider = PROVIDERS[connection.provider]
         rows = Customer.objects.filter(organization=connection.organization_id, archived_at=None, merged_into=None)
         customers = rows.count()
