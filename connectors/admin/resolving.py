@@ -351,8 +351,17 @@ class ResolvePages(NeedsYouPages):
         }
 
     def _gone(self, link: CustomerLink, *, clear: bool) -> dict[str, Any]:
+        others = CustomerLink.objects.filter(
+            customer=link.customer_id,
+            remote_id__isnull=False,
+            is_duplicate=False,
+            deleted_at=None,
+            connection__direction__in=Connection.PUSHING,
+            connection__archive_policy=Connection.ArchivePolicy.DELETE,
+        )
         was = link.tombstone.get("base_remote") or link.tombstone.get("base_local") or {}
         return {
+            "archive_deletes": list(others.order_by("connection__name").values_list("connection__name", flat=True)),
             "evidence": link.tombstone.get("evidence", ""),
             "was": [
                 (label(name), shown(value if clear else masked(name, value)))
