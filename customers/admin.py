@@ -10,11 +10,11 @@ from typing import Any
 from uuid import UUID
 
 from django.contrib import admin, messages
-from django.contrib.admin.options import BaseModelAdmin
+from django.contrib.admin.options import BaseModelAdmin, IncorrectLookupParameters
 from django.contrib.admin.views.main import ORDER_VAR, ChangeList
 from django.contrib.auth.admin import GroupAdmin as DjangoGroupAdmin
 from django.contrib.auth.admin import UserAdmin as DjangoUserAdmin
-from django.contrib.auth.models import Group, User
+from django.contrib.auth.models import Group, Permission, User
 from django.core.exceptions import PermissionDenied
 from django.core.paginator import Paginator
 from django.db import connection
@@ -33,7 +33,7 @@ from customers.forms import ABSENT, Clash, CustomerForm, label, shown
 from customers.ids import parse_public_id
 from customers.models import Customer, CustomerChange, Organization, Reveal
 from customers.normalize import clean_text, has_control_characters
-from customers.privacy import PERSONAL, REVEAL, masked, masked_all, sees
+from customers.privacy import PERSONAL, REVEAL, masked, masked_all, redacted, sees
 from customers.timeline import PEOPLE, SYSTEMS, Asked, Cursor, Source, changes, notes, reveals, timeline
 
 MOMENT = "%Y-%m-%d %H:%M:%S UTC"
@@ -71,6 +71,14 @@ def link_to(address: str, *args: Any, text: object) -> str:
     return format_html('<a class="hub-link" href="{}">{}</a>', reverse(address, args=args), text)
 
 
+def chosen_of(choice: admin.SimpleListFilter, rows: QuerySet[Any], column: str) -> QuerySet[Any]:
+    """The rows of the record that is chosen, all where none is; none where the address names one not offered."""
+    value = choice.value()
+    if not value:
+        return rows
+    return rows.filter(**{column: value}) if value in dict(choice.lookup_choices) else rows.none()
+
+
 class OrganizationFilter(admin.SimpleListFilter):
     title = "organization"
     parameter_name = "organization"
@@ -80,7 +88,7 @@ class OrganizationFilter(admin.SimpleListFilter):
         return [(str(organization.pk), organization.name) for organization in own] if len(own) > 1 else []
 
     def queryset(self, request: HttpRequest, queryset: QuerySet[Any]) -> QuerySet[Any]:
-        return queryset.filter(organization=value) if (value := self.value()) else queryset
+        return chosen_of(self, queryset, "organization")
 
 
 class ArchivedFilter(admin.SimpleListFilter):
@@ -132,9 +140,10 @@ class UpdatedFilter(admin.SimpleListFilter):
             return queryset.filter(updated_at__gte=timezone.now() - timedelta(days=int(value[:-1])))
         try:
             since = datetime.fromisoformat(value)
-        except ValueError:
+            since = since.astimezone(UTC) if since.tzinfo else since.replace(tzinfo=UTC)
+        except (ValueError, OverflowError):
             return queryset
-        return queryset.filter(updated_at__gte=since if since.tzinfo else since.replace(tzinfo=UTC))
+        return queryset.filter(updated_at__gte=since)
 
 
 class AuthorFilter(admin.SimpleListFilter):
@@ -261,6 +270,12 @@ class OwnAdmin(theme.ModelAdmin):
         if found is None:
             raise Http404
         return found
+
+    def get_changelist_instance(self, request: HttpRequest) -> Any:
+        # PostgreSQL refuses the character in every text that is asked for.
+        if any("\x00" in value for values in request.GET.lists() for value in values[1]):
+            raise IncorrectLookupParameters
+        return super().get_changelist_instance(request)
 
     def formfield_for_foreignkey(self, db_field: ForeignKey[Any, Any], request: HttpRequest, **kwargs: Any) -> Any:
         if db_field.related_model is Organization:
@@ -734,6 +749,10 @@ class CustomerChangeAdmin(ReadOnlyAdmin):
     def sentence(self, change: CustomerChange) -> str:
         return Entry(change, clear=True).sentence
 
+    @admin.display(description="message")
+    def message_masked(self, change: CustomerChange) -> str:
+        return redacted(change.message, vars(change.customer))
+
     @admin.display(description="What")
     def sentence_masked(self, change: CustomerChange) -> str:
         return Entry(change, clear=False).sentence
@@ -745,7 +764,9 @@ class CustomerChangeAdmin(ReadOnlyAdmin):
         return self._shown(request, self.fields)
 
     def _shown(self, request: HttpRequest, names: Iterable[Any]) -> list[Any]:
-        return ["sentence_masked" if name == "sentence" and not sees(request.user) else name for name in names]
+        if sees(request.user):
+            return list(names)
+        return [f"{name}_masked" if name in ("sentence", "message") else name for name in names]
 
 
 class Ticked(BaseModelAdmin):  # type: ignore[type-arg] # none at run time
@@ -813,11 +834,18 @@ class UserAdmin(Ticked, DjangoUserAdmin, theme.ModelAdmin):  # type: ignore[type
         return found
 
     def has_change_permission(self, request: HttpRequest, obj: User | None = None) -> bool:
-        if not super().has_change_permission(request, obj):
-            return False
+        return bool(super().has_change_permission(request, obj)) and self._within_own_rights(request, obj)
+
+    def has_delete_permission(self, request: HttpRequest, obj: User | None = None) -> bool:
+        return bool(super().has_delete_permission(request, obj)) and self._within_own_rights(request, obj)
+
+    def _within_own_rights(self, request: HttpRequest, obj: User | None) -> bool:
+        """Whether these people have no right that this person lacks, were they in use."""
         if obj is None or getattr(request.user, "is_superuser", False):
             return True
-        return obj.get_all_permissions() <= request.user.get_all_permissions()
+        # Django answers that whoever is out of use has no rights: with a new password they would be back.
+        held = Permission.objects.filter(Q(user=obj.pk) | Q(group__user=obj.pk)).select_related("content_type")
+        return {f"{p.content_type.app_label}.{p.codename}" for p in held} <= request.user.get_all_permissions()
 
     def get_readonly_fields(self, request: HttpRequest, obj: User | None = None) -> list[Any]:
         return [] if getattr(request.user, "is_superuser", False) else ["is_superuser", "user_permissions"]

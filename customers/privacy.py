@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from django.contrib.auth.models import AnonymousUser
@@ -49,12 +49,22 @@ def masked_all(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: masked(name, value) for name, value in values.items()}
 
 
+def _leaves(value: Any) -> Iterator[str]:
+    """The texts and numbers of a field's value, those inside custom fields included."""
+    if isinstance(value, Mapping | list):
+        for one in value.values() if isinstance(value, Mapping) else value:
+            yield from _leaves(one)
+    elif value is not None and not isinstance(value, bool):
+        yield str(value)
+
+
 def redacted(text: str, values: Mapping[str, Any] | None = None) -> str:
     """A sentence that another system or a person wrote, without e-mail addresses and long numbers.
 
     `values` are a customer's fields: what is personal among them is hidden too where the sentence quotes it.
     """
-    for name, value in (values or {}).items():
-        if name in PERSONAL and isinstance(value, str) and len(value) > 2:
+    personal = [value for name in PERSONAL if values and name in values for value in _leaves(values[name])]
+    for value in sorted(personal, key=len, reverse=True):  # a part of another value must not break that one up
+        if len(value) > 2:
             text = re.sub(re.escape(value), HIDDEN, text, flags=re.IGNORECASE)
     return _NUMBER.sub(HIDDEN, _ADDRESS.sub(HIDDEN, text))

@@ -92,7 +92,7 @@ class Asked:
         return shown(value if self.sees else masked(name, value))
 
     def text(self, text: str) -> str:
-        """A sentence, perhaps another system's, as this reader may see it."""
+        """A sentence that somebody wrote, perhaps another system, as this reader may see it."""
         return text if self.sees else redacted(text, vars(self.customer))
 
 
@@ -160,7 +160,7 @@ def _change(asked: Asked, change: CustomerChange, merge: str) -> Event:
         deed=deed,
         fields=moved,
         only_new=change.version == 1,
-        message=message,
+        message=asked.text(message),
         facts=[*facts, change.get_actor_kind_display()],
         request_id=change.request_id,
         icon="⇠" if by_system else "✎",
@@ -196,7 +196,7 @@ def notes(asked: Asked) -> list[Event]:
             pk=note.pk,
             author=note.author_name,
             deed="noted",
-            message=note.text,
+            message=asked.text(note.text),
             icon="✉",
             sort="Note",
         )
@@ -215,7 +215,7 @@ def reveals(asked: Asked) -> list[Event]:
             pk=look.pk,
             author=look.user_name,
             deed="looked at the personal data",
-            message=look.reason,
+            message=asked.text(look.reason),
             request_id=look.request_id,
             icon="◉",
             sort="Reveal",

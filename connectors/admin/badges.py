@@ -12,7 +12,8 @@ from django.utils.html import format_html, format_html_join
 
 from connectors.models import Connection, CustomerLink, SyncRun
 from connectors.states import HEALTH, PARKED, RUN_STATUSES, STATUSES, LinkState, health_key, health_sentence
-from customers.admin import organizations
+from customers.admin import chosen_of, organizations
+from customers.privacy import redacted
 
 
 def badge(icon: str, word: str, tone: str, *, title: str = "") -> str:
@@ -31,8 +32,9 @@ def link_badge(key: str) -> str:
 
 
 def run_badge(run: SyncRun) -> str:
+    # Lists show the title to everybody; the page of the run says it in full to who may read it.
     status = RUN_STATUSES[run.state]
-    return badge(status.icon, status.word, status.tone, title=run.error)
+    return badge(status.icon, status.word, status.tone, title=redacted(run.error))
 
 
 def connection_badge(
@@ -109,4 +111,4 @@ class ConnectionFilter(admin.SimpleListFilter):
         return connection_choices(request)
 
     def queryset(self, request: HttpRequest, queryset):  # type: ignore[no-untyped-def] # any model with a connection
-        return queryset.filter(connection=value) if (value := self.value()) else queryset
+        return chosen_of(self, queryset, "connection")

@@ -177,7 +177,7 @@ class BulkActions(CustomerAdmin):
                 "connection": connection,
                 "checked": result,
                 "rows": checking.rows(result.found, sees=sees(request.user)),
-                "refusals": result.found.refusals.most_common(10),
+                "refusals": checking.refusals(result.found, sees=sees(request.user)),
                 "can_view_customers": True,
             }
             return TemplateResponse(request, "connectors/check.html", context)

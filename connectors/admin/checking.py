@@ -15,10 +15,11 @@ from connectors.sealing import UnsealError
 from connectors.sync.check import Check, Finding, Sample, check
 from customers.forms import label, shown
 from customers.models import Customer
-from customers.privacy import masked
+from customers.privacy import masked, redacted
 
 # So many customers, and so many seconds, are compared while somebody waits.
 CHECKED, CHECK_SECONDS, CALL_SECONDS = 500, 20.0, 10.0
+REFUSALS = 10
 
 WORDS = {
     Finding.CREATE: ("+", "Would be created", "Not there yet."),
@@ -106,7 +107,16 @@ def rows(found: Check, *, sees: bool) -> list[Row]:
 
 
 def _sample(sample: Sample, *, sees: bool) -> tuple[Customer | None, str, list[tuple[str, str, str]], str]:
-    return sample.customer, sample.remote_id, differences(sample.fields, sees=sees), sample.reason
+    reason = sample.reason
+    if not sees:
+        reason = redacted(reason, vars(sample.customer) if sample.customer else None)
+    return sample.customer, sample.remote_id, differences(sample.fields, sees=sees), reason
+
+
+def refusals(found: Check, *, sees: bool) -> list[tuple[str, int]]:
+    """Why records would be refused, the most frequent first. Of a record that cannot be read, it is quoted why."""
+    counted = found.refusals.most_common(REFUSALS)
+    return [(text if sees else redacted(text), number) for (_, text), number in counted]
 
 
 def differences(fields: Any, *, sees: bool) -> list[tuple[str, str, str]]:

@@ -21,6 +21,7 @@ from django.utils.dateparse import parse_datetime
 from connectors import login
 from connectors.admin import checking, overview, testing
 from connectors.admin.badges import connection_badge, counts_by_status, run_badge, summary
+from connectors.admin.issues import words_of
 from connectors.admin.wizard import FirstSteps, canary_succeeded
 from connectors.exceptions import ConnectionUnusable, ConnectorError
 from connectors.guard import check_url
@@ -343,7 +344,10 @@ class ConnectionAdmin(FirstSteps, OwnAdmin):
             "health": HEALTH[health_key(obj, parked=parked, oldest_due=oldest_due, now=now)],
             "health_sentence": health_sentence(obj, parked=parked, oldest_due=oldest_due, now=now),
             "queue": queue,
-            "issues": list(Issue.objects.filter(connection=obj, resolved_at=None)[:ISSUES_SHOWN])
+            "issues": [
+                (issue, words_of(issue, clear=sees(request.user)))
+                for issue in Issue.objects.filter(connection=obj, resolved_at=None)[:ISSUES_SHOWN]
+            ]
             if request.user.has_perm("connectors.view_issue")
             else [],
             "limits": overview.limit_facts(obj, now=now) if not obj.calls_us else [],
@@ -417,7 +421,7 @@ class ConnectionAdmin(FirstSteps, OwnAdmin):
             "connection": connection,
             "checked": result,
             "rows": checking.rows(result.found, sees=sees(request.user)),
-            "refusals": result.found.refusals.most_common(10),
+            "refusals": checking.refusals(result.found, sees=sees(request.user)),
             "can_view_customers": request.user.has_perm("customers.view_customer"),
         }
         return TemplateResponse(request, "connectors/check.html", context)

@@ -104,6 +104,14 @@ class System:
             return ""
 
     @property
+    def deletes(self) -> bool:
+        """Whether archiving the customer deletes the record there."""
+        link, provider = self.link, PROVIDERS.get(self.connection.provider)
+        there = link is not None and link.remote_id and not link.is_duplicate and link.deleted_at is None
+        wanted = self.connection.pushes and self.connection.archive_policy == Connection.ArchivePolicy.DELETE
+        return bool(there and wanted and provider and provider.capabilities(self.connection).deletes)
+
+    @property
     def badge(self) -> str:
         return link_badge(self.key)
 
@@ -359,6 +367,7 @@ class LinkedCustomerAdmin(BulkActions, Tables, LinkAdmin):
             ],
             "counts": summary(Counter(system.key for system in systems if system.link)),
             "can_push": can_push,
+            "archive_deletes": [system.connection.name for system in systems if in_use and system.deletes],
             "can_push_all": can_push and any(system.can_push for system in systems),
             "can_compare": self.has_compare_permission(request),
             "can_link": can_push,

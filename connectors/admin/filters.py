@@ -9,15 +9,16 @@ from typing import Any
 
 from django.contrib import admin
 from django.contrib.admin.views.main import SEARCH_VAR
-from django.db.models import Count, Exists, F, Min, OuterRef, Q, QuerySet
+from django.db.models import Exists, F, OuterRef, Q, QuerySet
 from django.http import HttpRequest
 from django.utils import timezone
 
+from connectors.admin.reasons import causes
 from connectors.models import Conflict, Connection, CustomerLink
 from connectors.states import STATUSES, LinkState
 from customers.admin import COUNTED, narrowed, organizations
 from customers.models import Customer
-from customers.privacy import redacted, sees
+from customers.privacy import sees
 
 REASONS_SHOWN = 10
 
@@ -157,17 +158,10 @@ class ReasonFilter(admin.SimpleListFilter):
         if not chosen or request.GET.get(StateFilter.parameter_name) != "rejected":
             return []
         connections = chosen_connections(request, SystemFilter.parameter_name)
-        rows = (
-            in_status("rejected", connections, now=timezone.now())
-            .exclude(fingerprint="")
-            .values_list("fingerprint", "error_field")
-            .annotate(number=Count("pk"), text=Min("error"))
-            .order_by("-number")[:REASONS_SHOWN]
-        )
-        clear = sees(request.user)
+        rejected = in_status("rejected", connections, now=timezone.now()).exclude(fingerprint="")
         return [
-            (key, f"{f'{field}: ' if field else ''}{text if clear else redacted(text)} ({number})")
-            for key, field, number, text in rows
+            (one.fingerprint, f"{f'{one.field}: ' if one.field else ''}{one.text} ({one.number})")
+            for one in causes(rejected, clear=sees(request.user), most=REASONS_SHOWN)
         ]
 
     def queryset(self, request: HttpRequest, queryset: QuerySet[Customer]) -> QuerySet[Customer]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ from django.db.models import Exists, OuterRef
 from django.http import HttpRequest, HttpResponse, HttpResponseRedirect
 from django.template.response import TemplateResponse
 from django.urls import URLPattern, path, reverse
+from django.utils.crypto import salted_hmac
 from django.views.decorators.http import require_safe
 
 from connectors.admin.compare import CompareAdmin, read_record
@@ -24,7 +24,7 @@ from customers.admin import actor_of
 from customers.editing import StaleVersion
 from customers.forms import label, shown
 from customers.models import Customer
-from customers.privacy import masked, sees
+from customers.privacy import masked, redacted, sees
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,9 @@ class Side:
 def digest(record: Record) -> str:
     """Tells whether a record is still the one that was shown."""
     values = {name: record.values[name] for name in sorted(record.values)}
-    return hashlib.sha256(jsontext.dumps([record.remote_id, values], option=jsontext.SORT_KEYS)).hexdigest()[:32]
+    # Keyed, because it stands on pages of people who may not see the values.
+    text = jsontext.dumps([record.remote_id, values], option=jsontext.SORT_KEYS)
+    return salted_hmac("record", text, algorithm="sha256").hexdigest()[:32]
 
 
 def owner_of(connection: Connection, remote_id: str, customer: Customer) -> str:
@@ -194,7 +196,7 @@ class LinkAdmin(CompareAdmin):
             "connections": self.linkable(customer),
             "chosen": chosen,
             "remote_id": remote_id,
-            "error": error,
+            "error": error if sees(request.user) else redacted(error, vars(customer)),
             "found": found,
             "length": REMOTE_ID_LENGTH,
             "sees": sees(request.user),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -24,12 +23,11 @@ from connectors.models import MAY_NEED_SOMEBODY, Connection, CustomerLink, Issue
 from connectors.states import HEALTH, STATUSES, LinkState, health_sentence
 from connectors.sync.clock import database_clock
 from connectors.sync.resolve import WrongState, releasable, release
-from customers import privacy
 from customers.admin import ReadOnlyAdmin, actor_of, organizations
 from customers.editing import EDITABLE
 from customers.forms import label
 from customers.models import Customer
-from customers.privacy import masked, sees
+from customers.privacy import redacted, sees
 
 # What a link may wait for, in the order in which it is shown; the words are those of `states.STATUSES`.
 KINDS = ("rejected", "conflict", "uncertain", "remote_deleted", "duplicate")
@@ -42,7 +40,6 @@ REASONS = 20
 OTHERS = 20
 PUSH, EDIT, LINKS = "connectors.push_customerlink", "customers.change_customer", "connectors.view_customerlink"
 BULKY = ("remote_data", "base_local", "base_remote", "tombstone")
-SHORTEST_SECRET = 3
 
 _IN_USE = Exists(Customer.objects.filter(pk=OuterRef("customer_id"), archived_at=None, merged_into=None))
 _LEADS = Q(is_duplicate=False, deleted_at=None)
@@ -120,15 +117,8 @@ def kind_badge(kind: str) -> str:
 
 
 def safe_text(text: str, customer: Customer, *, clear: bool) -> str:
-    """What a system said of a customer; without the right (`clear`), with the customer's personal values masked."""
-    if clear:
-        return text
-    for name in privacy.PERSONAL:
-        value = getattr(customer, name)
-        if isinstance(value, str) and len(value) >= SHORTEST_SECRET:
-            parts = re.split(re.escape(value), text, flags=re.IGNORECASE)
-            text = str(masked(name, value)).join(parts)
-    return text
+    """What a system said of a customer; without the right (`clear`), without what is personal."""
+    return text if clear else redacted(text, vars(customer))
 
 
 def sentence(link: CustomerLink, kind: str, *, now: datetime, clear: bool) -> str:
@@ -215,7 +205,7 @@ class NeedsYouPages(ReadOnlyAdmin):
         chosen = _chosen(connections, request.GET.get("connection", ""))
         wanted = request.GET.get("kind", "")
         shown = [kind for kind in kinds if wanted in ("", kind)]
-        cause = request.GET.get("cause", "")
+        cause = request.GET.get("cause", "").replace("\x00", "")
         of_links = [kind for kind in shown if kind in KINDS]
         numbers = counted(connections) if set(kinds) & set(KINDS) else {}
         rows: QuerySet[Any] = waiting(chosen) if of_links else CustomerLink.objects.none()
@@ -322,7 +312,7 @@ class NeedsYouPages(ReadOnlyAdmin):
         connection = next(iter(_chosen(own_connections(request), request.POST.get("connection", "") or "-")), None)
         if connection is None:
             raise Http404
-        cause = request.POST.get("cause", "")
+        cause = request.POST.get("cause", "").replace("\x00", "")
         links = CustomerLink.objects.filter(connection=connection, state=LinkState.REJECTED, fingerprint=cause)
         back = reverse("admin:connectors_customerlink_needs_you")
         if not request.POST.get("confirmed"):

@@ -9,10 +9,10 @@ from datetime import datetime
 from typing import Any
 from urllib.parse import urlencode
 
-from django.db.models import Count, Max
 from django.urls import reverse
 
 from connectors.admin.badges import counts_by_status
+from connectors.admin.reasons import causes
 from connectors.exceptions import Rejected
 from connectors.models import Connection, CustomerLink
 from connectors.provider import Provider
@@ -24,7 +24,7 @@ from customers.forms import label, shown
 from customers.ids import parse_public_id, uuid7
 from customers.models import Customer
 from customers.normalize import country_code, email_key, name_key, phone_key
-from customers.privacy import HIDDEN, PERSONAL, masked, redacted
+from customers.privacy import HIDDEN, PERSONAL, masked
 
 # Up to here every state of a connection's links is counted; of a larger one, what an index can count.
 COUNTED = 100_000
@@ -80,7 +80,7 @@ def links_url(**query: Any) -> str:
 
 
 def queue(connection: Connection, *, sees: bool, now: datetime) -> Queue:
-    """Five queries. What systems say may quote personal data: it is hidden from who does not see that."""
+    """Six queries. What systems say may quote personal data: it is hidden from who does not see that."""
     links = CustomerLink.objects.filter(connection=connection)
     found = Queue(complete=links.order_by().values("pk")[: COUNTED + 1].count() <= COUNTED)
     if found.complete:
@@ -95,22 +95,15 @@ def queue(connection: Connection, *, sees: bool, now: datetime) -> Queue:
         if counts.get(key)
     ]
     found.parked = sum(counts.get(key, 0) for key in ATTENTION)
-    refused = (
-        links.filter(state=LinkState.REJECTED)
-        .order_by()
-        .values("fingerprint")
-        .annotate(number=Count("pk"), text=Max("error"), name=Max("error_field"))
-        .order_by("-number")[:REASONS]
-    )
     found.reasons = [
         Reason(
-            field=label(row["name"]),
-            text=row["text"] if sees else redacted(row["text"]),
-            count=row["number"],
+            field=label(cause.field),
+            text=cause.text,
+            count=cause.number,
             url=f"{reverse('admin:customers_customer_changelist')}?"
-            + urlencode({"system": connection.pk, "state": "rejected", "reason": row["fingerprint"]}),
+            + urlencode({"system": connection.pk, "state": "rejected", "reason": cause.fingerprint}),
         )
-        for row in refused
+        for cause in causes(links.filter(state=LinkState.REJECTED), clear=sees, most=REASONS)
     ]
     waits = links.filter(due(now=now)).order_by("next_attempt_at").values_list("next_attempt_at", flat=True)
     found.oldest_due = waits[:1].first() if connection.pushes else None

@@ -221,7 +221,8 @@ class ResolvePages(NeedsYouPages):
         try:
             decide(link)
         except (WrongState, ConnectorError, UnsealError) as error:
-            self.message_user(request, f"{error} Nothing was changed.", messages.WARNING)
+            told = safe_text(str(error), link.customer, clear=sees(request.user))
+            self.message_user(request, f"{told} Nothing was changed.", messages.WARNING)
             return HttpResponseRedirect(_own_address(request, link))
         text = TOLD[decision].format(customer=link.customer, system=link.connection)
         self.message_user(request, text, messages.SUCCESS)
@@ -269,7 +270,8 @@ class ResolvePages(NeedsYouPages):
             session.deadline = CALL_SECONDS
             found, whole = resolve.likely(link=link, provider=provider, session=session)
         except (WrongState, ConnectorError, UnsealError) as error:
-            self.message_user(request, f"{link.connection} could not be searched: {error}", messages.WARNING)
+            told = safe_text(str(error), link.customer, clear=sees(request.user))
+            self.message_user(request, f"{link.connection} could not be searched: {told}", messages.WARNING)
             return HttpResponseRedirect(_own_address(request, link))
         lists = provider.capabilities(link.connection).lists
         return self._page(request, link, found=found[:CANDIDATES], whole=whole, lists=lists)
@@ -349,8 +351,17 @@ class ResolvePages(NeedsYouPages):
         }
 
     def _gone(self, link: CustomerLink, *, clear: bool) -> dict[str, Any]:
+        others = CustomerLink.objects.filter(
+            customer=link.customer_id,
+            remote_id__isnull=False,
+            is_duplicate=False,
+            deleted_at=None,
+            connection__direction__in=Connection.PUSHING,
+            connection__archive_policy=Connection.ArchivePolicy.DELETE,
+        )
         was = link.tombstone.get("base_remote") or link.tombstone.get("base_local") or {}
         return {
+            "archive_deletes": list(others.order_by("connection__name").values_list("connection__name", flat=True)),
             "evidence": link.tombstone.get("evidence", ""),
             "was": [
                 (label(name), shown(value if clear else masked(name, value)))

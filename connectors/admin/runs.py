@@ -11,13 +11,14 @@ from uuid import UUID
 
 from django.contrib import admin, messages
 from django.core.exceptions import PermissionDenied
-from django.db.models import Count, Max, Q, QuerySet
+from django.db.models import Q, QuerySet
 from django.http import HttpRequest, HttpResponse, HttpResponseNotAllowed, HttpResponseRedirect, StreamingHttpResponse
 from django.http.response import HttpResponseBase
 from django.urls import URLPattern, path, reverse
 from django.utils import timezone
 
 from connectors.admin.badges import ConnectionFilter, run_badge
+from connectors.admin.reasons import causes
 from connectors.models import CustomerLink, SyncRun
 from connectors.states import STATUSES, LinkState
 from connectors.sync import resolve
@@ -137,6 +138,7 @@ class SyncRunAdmin(ReadOnlyAdmin):
                 "running": obj.finished_at is None,
                 "refresh": REFRESH_SECONDS,
                 "speed": _speed(obj, now),
+                "error": obj.error if clear else redacted(obj.error),
                 "message": obj.request.get("message", ""),
                 "groups": groups,
                 "groups_complete": complete,
@@ -248,21 +250,9 @@ def groups_of(run: SyncRun, *, clear: bool) -> tuple[list[Group], bool]:
     groups = [Group(state=state, field=name, reason=why, count=n) for (state, name, why), n in kept.items()]
     complete = run.refused + run.uncertain <= len(run.problems)
     if not complete and run.kind == SyncRun.Kind.PUSH:
-        rows = (
-            refused_links(run)
-            .order_by()
-            .values("fingerprint")
-            .annotate(number=Count("pk"), text=Max("error"), name=Max("error_field"))
-            .order_by("-number")[:GROUPS]
-        )
         rejected = [
-            Group(
-                state="refused",
-                field=label(row["name"]),
-                reason=row["text"] if clear else redacted(row["text"]),
-                count=row["number"],
-            )
-            for row in rows
+            Group(state="refused", field=label(cause.field), reason=cause.text, count=cause.number)
+            for cause in causes(refused_links(run), clear=clear, most=GROUPS)
         ]
         if sum(group.count for group in rejected) >= sum(g.count for g in groups if g.state == "refused"):
             groups = [*rejected, *(group for group in groups if group.state != "refused")]

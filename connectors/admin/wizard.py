@@ -32,7 +32,7 @@ from customers.admin import OwnAdmin, actor_of
 from customers.ids import parse_public_id, uuid7
 from customers.models import Customer
 from customers.normalize import email_key, name_key
-from customers.privacy import masked, sees
+from customers.privacy import masked, redacted, sees
 
 CANARY = 10
 CALL_SECONDS, CANARY_SECONDS, MATCH_SECONDS = 10.0, 20.0, 20.0
@@ -184,6 +184,7 @@ class FirstSteps(OwnAdmin):
         provider = PROVIDERS[connection.provider]
         may_push = connection.pushes and request.user.has_perm("connectors.push_customerlink")
         now = timezone.now()
+        clear = sees(request.user)
         sent = []
         for link in (
             CustomerLink.objects.filter(connection=connection)
@@ -192,9 +193,11 @@ class FirstSteps(OwnAdmin):
             .order_by("-updated_at")[:CANARY]
         ):
             link.connection = connection
-            sent.append((link, link_badge(link.status_key(now=now)), link.sentence(now=now)))
+            sentence = link.sentence(now=now)
+            sentence = sentence if clear else redacted(sentence, vars(link.customer))
+            sent.append((link, link_badge(link.status_key(now=now)), sentence))
         succeeded = canary_succeeded(connection)
-        term = request.GET.get("q", "").strip()
+        term = request.GET.get("q", "").replace("\x00", "").strip()
         may_see = may_push and request.user.has_perm("customers.view_customer")
         context = {
             **self.admin_site.each_context(request),
@@ -256,6 +259,8 @@ class FirstSteps(OwnAdmin):
         if not self.has_change_permission(request):
             raise PermissionDenied
         connection = self.get_object(request, object_id)
+        if connection.calls_us or connection.provider not in PROVIDERS:
+            return self.back(connection)  # its settings are where it begins to be sent to, and closed until then
         direction, policy = request.POST.get("direction", ""), request.POST.get("create_policy", "")
         known = direction in Connection.Direction.values and direction != Connection.Direction.CALLS_US
         if not known or policy not in Connection.CreatePolicy.values or not self._possible(connection, direction):
@@ -271,6 +276,8 @@ class FirstSteps(OwnAdmin):
         if not self.has_change_permission(request):
             raise PermissionDenied
         connection = self.get_object(request, object_id)
+        if connection.calls_us or connection.provider not in PROVIDERS:
+            return self.back(connection)
         provider = PROVIDERS[connection.provider]
         rows = Customer.objects.filter(organization=connection.organization_id, archived_at=None, merged_into=None)
         customers = rows.count()

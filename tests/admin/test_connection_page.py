@@ -82,6 +82,7 @@ def test_the_page_costs_the_same_queries_whatever_waits(books: Connection, organ
             client.get(change(books))
         return len(queries)
 
+    link(new_customer(organization), books, state=LinkState.REJECTED, needed_version=1, fingerprint="one", error="x")
     few = cost()
     for n in range(40):
         link(

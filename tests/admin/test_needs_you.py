@@ -188,7 +188,7 @@ def test_what_a_system_said_is_masked_for_who_may_not_see_personal_data(
     blind, seeing = staff(organization, *LOOK, PUSH), staff(organization, *LOOK, PUSH, SEE)
     page = blind.get(URL).content.decode()
     assert "ane@" not in page.lower()
-    assert "j•••@example.com is taken." in page
+    assert "••• is taken." in page
     assert f"Shop refuses {label('email')}." in page
     assert "Jane@Example.com is taken." in seeing.get(URL).content.decode()
     preview = blind.post(AGAIN, {"connection": shop.pk, "cause": "f1"}).content.decode()

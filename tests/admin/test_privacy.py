@@ -309,6 +309,25 @@ def test_an_administrator_manages_the_own_people_and_gives_no_more_than_the_own_
     assert list(organization.members.filter(username="fresh").values_list("is_superuser", flat=True)) == [False]
 
 
+def test_who_is_out_of_use_keeps_the_rights_that_nobody_weaker_may_take_over(organization: Organization) -> None:
+    powerful = User.objects.create_user("powerful", password="secret", is_staff=True, is_active=False)
+    powerful.user_permissions.add(Permission.objects.get(codename="delete_customer"))
+    plain = User.objects.create_user("plain", password="secret", is_staff=True, is_active=False)
+    organization.members.add(powerful, plain)
+    client = in_group(organization, "Administrator")
+    Group.objects.get(name="Administrator").permissions.add(Permission.objects.get(codename="delete_user"))
+    password = {"usable_password": "true", "password1": "another-secret-1", "password2": "another-secret-1"}
+    for user, changed in ((powerful, False), (plain, True)):
+        client.post(reverse("admin:auth_user_password_change", args=[user.pk]), password)
+        before = user.password
+        user.refresh_from_db()
+        assert (user.password != before) == changed
+        page = client.get(reverse("admin:auth_user_change", args=[user.pk])).content
+        assert (b'name="_save"' in page) == changed
+        client.post(reverse("admin:auth_user_delete", args=[user.pk]), {"post": "yes"})
+        assert User.objects.filter(pk=user.pk).exists() != changed
+
+
 def test_reveals_and_changes_stay_apart(organization: Organization, jane: Customer) -> None:
     staff(organization, *LOOK, REVEAL).post(address(jane, "reveal"))
     assert CustomerChange.objects.filter(customer=jane).count() == 2
