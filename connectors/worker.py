@@ -280,6 +280,7 @@ def retry_rejected(now: datetime) -> int:
     connections = Connection.objects.filter(
         Exists(parked.filter(connection=OuterRef("pk"))),
         ~Exists(samples.filter(connection=OuterRef("pk"))),
+        opened_at__isnull=False,
         direction__in=Connection.PUSHING,
         state=Connection.State.ACTIVE,
     ).select_related("organization")
