@@ -41,8 +41,11 @@ def plausible(*, connection: Connection, number: int, at: datetime) -> bool:
 
 def pause(*, connection: Connection) -> None:
     """Stop using a connection until somebody has looked."""
-    Connection.objects.filter(pk=connection.pk).update(state=Connection.State.PAUSED, state_reason=TOO_MANY)
-    connection.state, connection.state_reason = Connection.State.PAUSED, TOO_MANY
+    # Without an end, even if somebody had paused it until some time: that would be over by itself.
+    changes = {"state": Connection.State.PAUSED, "state_reason": TOO_MANY, "paused_until": None}
+    Connection.objects.filter(pk=connection.pk).update(**changes)
+    for name, value in changes.items():
+        setattr(connection, name, value)
 
 
 def bury(link: CustomerLink, *, evidence: str, at: datetime, by: str = SYSTEM) -> None:

@@ -229,8 +229,10 @@ def test_changes_of_the_first_customers_wait_until_the_connection_is_open(
 def test_what_follows_of_sending_a_first_customer_goes_on_by_itself(
     new: Connection, organization: Organization, far: Far, clerk: Client
 ) -> None:
+    customer = new_customer(organization)
+    clerk.post(change(new, "canary"), {"customers": [str(customer.pk)]})
+    editing.update(organization=organization, values={customer.pk: {"name": "Edited"}}, actor=COMMAND)
     far.system.fail(status(503))
-    clerk.post(change(new, "canary"), {"customers": [str(new_customer(organization).pk)]})
-    held = CustomerLink.objects.get()
-    assert (held.state, held.run) == ("retrying", None)
+    clerk.post(change(new, "canary"), {"customers": [str(customer.pk)]})
+    assert CustomerLink.objects.get().state == "retrying"
     assert [due.kind for due in due_work(now=timezone.now() + timedelta(hours=1))] == ["push"]
