@@ -12,7 +12,7 @@ from django.utils.html import format_html, format_html_join
 
 from connectors.models import Connection, CustomerLink, SyncRun
 from connectors.states import HEALTH, PARKED, RUN_STATUSES, STATUSES, LinkState, health_key, health_sentence
-from customers.admin import organizations
+from customers.admin import offered, organizations
 
 
 def badge(icon: str, word: str, tone: str, *, title: str = "") -> str:
@@ -109,4 +109,4 @@ class ConnectionFilter(admin.SimpleListFilter):
         return connection_choices(request)
 
     def queryset(self, request: HttpRequest, queryset):  # type: ignore[no-untyped-def] # any model with a connection
-        return queryset.filter(connection=value) if (value := self.value()) else queryset
+        return offered(self, queryset, "connection")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -551,6 +551,6 @@ def _moment(text: str) -> datetime | None:
     """The time that a form's input names, which is in UTC; None for no time."""
     try:
         found = parse_datetime(text.strip())
-    except ValueError:
+        return (found.replace(tzinfo=UTC) if timezone.is_naive(found) else found.astimezone(UTC)) if found else None
+    except (ValueError, OverflowError):
         return None
-    return timezone.make_aware(found) if found and timezone.is_naive(found) else found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from django.contrib import messages
@@ -145,9 +145,10 @@ def after(rows: QuerySet[CustomerLink], cursor: str) -> QuerySet[CustomerLink]:
     moment, _, pk = cursor.partition("|")
     try:
         at = parse_datetime(moment)
-    except ValueError:
+        at = at.astimezone(UTC) if at and timezone.is_aware(at) else None
+    except (ValueError, OverflowError):
         at = None
-    if at is None or timezone.is_naive(at) or not pk.isdecimal() or len(pk) > 18:
+    if at is None or not pk.isdecimal() or len(pk) > 18:
         return rows
     return rows.filter(Q(updated_at__gt=at) | Q(updated_at=at, pk__gt=int(pk)))
 
@@ -322,7 +323,7 @@ class NeedsYouPages(ReadOnlyAdmin):
         connection = next(iter(_chosen(own_connections(request), request.POST.get("connection", "") or "-")), None)
         if connection is None:
             raise Http404
-        cause = request.POST.get("cause", "")
+        cause = request.POST.get("cause", "").replace("\x00", "")
         links = CustomerLink.objects.filter(connection=connection, state=LinkState.REJECTED, fingerprint=cause)
         back = reverse("admin:connectors_customerlink_needs_you")
         if not request.POST.get("confirmed"):

@@ -237,7 +237,7 @@ class ResolvePages(NeedsYouPages):
         actor = actor_of(request)
 
         def this_is_it(link: CustomerLink) -> object:
-            remote_id = request.POST.get("remote_id", "").strip()
+            remote_id = request.POST.get("remote_id", "").replace("\x00", "").strip()
             provider = _provider(link.connection)
             record = _read(link, remote_id, provider) if remote_id else None
             return resolve.this_is_it(link=link, remote_id=remote_id, provider=provider, record=record, actor=actor)
