@@ -31,6 +31,7 @@ from connectors.provider import Provider
 from connectors.providers import PROVIDERS
 from connectors.sealing import UnsealError
 from connectors.states import STATUSES
+from connectors.sync.deletes import goes_with_archive
 from connectors.sync.merge import same
 from connectors.sync.plan import changed_values
 from connectors.sync.push import push
@@ -106,6 +107,11 @@ class System:
     @property
     def badge(self) -> str:
         return link_badge(self.key)
+
+    @property
+    def deletes(self) -> bool:
+        """Whether the record there is deleted when the customer is archived."""
+        return self.link is not None and goes_with_archive(self.link, PROVIDERS.get(self.connection.provider))
 
     @property
     def can_push(self) -> bool:
@@ -358,6 +364,7 @@ class LinkedCustomerAdmin(BulkActions, Tables, LinkAdmin):
                 for system in systems
             ],
             "counts": summary(Counter(system.key for system in systems if system.link)),
+            "archiving_deletes": [system.connection.name for system in systems if system.deletes],
             "can_push": can_push,
             "can_push_all": can_push and any(system.can_push for system in systems),
             "can_compare": self.has_compare_permission(request),

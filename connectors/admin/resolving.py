@@ -39,6 +39,7 @@ from connectors.sealing import UnsealError
 from connectors.states import STATUSES, LinkState
 from connectors.sync import resolve
 from connectors.sync.clock import database_clock
+from connectors.sync.deletes import goes_with_archive
 from connectors.sync.resolve import HERE, THERE, Likely, WrongState
 from connectors.sync.settle import unanswered
 from customers import editing, jsontext
@@ -350,7 +351,13 @@ class ResolvePages(NeedsYouPages):
 
     def _gone(self, link: CustomerLink, *, clear: bool) -> dict[str, Any]:
         was = link.tombstone.get("base_remote") or link.tombstone.get("base_local") or {}
+        others = CustomerLink.objects.filter(customer=link.customer_id, remote_id__isnull=False, deleted_at=None)
         return {
+            "archiving_deletes": [
+                one.connection.name
+                for one in others.select_related("connection").defer("remote_data", "base_local", "base_remote")
+                if goes_with_archive(one, PROVIDERS.get(one.connection.provider))
+            ],
             "evidence": link.tombstone.get("evidence", ""),
             "was": [
                 (label(name), shown(value if clear else masked(name, value)))
