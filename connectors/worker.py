@@ -17,7 +17,7 @@ from functools import partial
 from typing import NamedTuple
 
 from django.db import DatabaseError, InterfaceError, OperationalError, close_old_connections, connection, transaction
-from django.db.models import Exists, F, OuterRef, Q, QuerySet
+from django.db.models import Exists, F, OuterRef, Q, QuerySet, Subquery
 
 from connectors import login
 from connectors.exceptions import ConnectorError
@@ -84,11 +84,23 @@ def due_work(*, now: datetime) -> list[Due]:
 
 
 def end_pauses(now: datetime) -> int:
-    """Use connections again whose pause was to end by now."""
+    """Use connections again whose pause was to end by now. One that turned out to reach another account meanwhile, or
+    to have lost its login, waits for a person instead.
+    """
     over = Connection.objects.filter(state=Connection.State.PAUSED, paused_until__lte=now)
     if not over.exists():  # asked first: an UPDATE takes SQLite's lock even where it changes nothing
         return 0
-    return over.update(state=Connection.State.ACTIVE, state_reason="", paused_until=None, updated_at=now)
+    kinds = (Issue.Kind.WRONG_ACCOUNT, Issue.Kind.LOGIN)
+    lost = Issue.objects.filter(connection=OuterRef("pk"), kind__in=kinds, resolved_at=None).order_by("-last_at")
+    ended = over.filter(Exists(lost)).update(
+        state=Connection.State.NEEDS_REAUTH,
+        state_reason=Subquery(lost.values("message")[:1]),
+        paused_until=None,
+        updated_at=now,
+    )
+    return ended + over.filter(~Exists(lost)).update(
+        state=Connection.State.ACTIVE, state_reason="", paused_until=None, updated_at=now
+    )
 
 
 def due_pulls(*, now: datetime) -> QuerySet[Connection]:
@@ -281,6 +293,7 @@ def retry_rejected(now: datetime) -> int:
     connections = Connection.objects.filter(
         Exists(parked.filter(connection=OuterRef("pk"))),
         ~Exists(samples.filter(connection=OuterRef("pk"))),
+        opened_at__isnull=False,
         direction__in=Connection.PUSHING,
         state=Connection.State.ACTIVE,
     ).select_related("organization")

@@ -71,10 +71,9 @@ def link_to(address: str, *args: Any, text: object) -> str:
     return format_html('<a class="hub-link" href="{}">{}</a>', reverse(address, args=args), text)
 
 
-def chosen_of(choice: admin.SimpleListFilter, rows: QuerySet[Any], column: str) -> QuerySet[Any]:
-    """The rows of the record that is chosen, all where none is; none where the address names one not offered."""
-    value = choice.value()
-    if not value:
+def offered(choice: admin.SimpleListFilter, rows: QuerySet[Any], column: str) -> QuerySet[Any]:
+    """The rows with the value that the address names; none where the filter offers no such value."""
+    if not (value := choice.value()):
         return rows
     return rows.filter(**{column: value}) if value in dict(choice.lookup_choices) else rows.none()
 
@@ -88,7 +87,7 @@ class OrganizationFilter(admin.SimpleListFilter):
         return [(str(organization.pk), organization.name) for organization in own] if len(own) > 1 else []
 
     def queryset(self, request: HttpRequest, queryset: QuerySet[Any]) -> QuerySet[Any]:
-        return chosen_of(self, queryset, "organization")
+        return offered(self, queryset, "organization")
 
 
 class ArchivedFilter(admin.SimpleListFilter):
@@ -122,7 +121,7 @@ class CountryFilter(admin.SimpleListFilter):
 
     def queryset(self, request: HttpRequest, queryset: QuerySet[Customer]) -> QuerySet[Customer]:
         # An empty code is no country: this is the index's own condition.
-        return queryset.filter(address_country_code=value) if (value := self.value()) else queryset
+        return offered(self, queryset, "address_country_code")
 
 
 class UpdatedFilter(admin.SimpleListFilter):
@@ -141,7 +140,7 @@ class UpdatedFilter(admin.SimpleListFilter):
         try:
             since = datetime.fromisoformat(value)
             since = since.astimezone(UTC) if since.tzinfo else since.replace(tzinfo=UTC)
-        except (ValueError, OverflowError):
+        except (ValueError, OverflowError):  # a year that there is not in UTC
             return queryset
         return queryset.filter(updated_at__gte=since)
 

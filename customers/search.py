@@ -28,6 +28,8 @@ LIMIT = 500
 FIRST = 20_000
 # Shorter words have no trigram; they only narrow what longer words find.
 TRIGRAM = 3
+# As JSON writes a number; other scripts' digits are text to it.
+_NUMBER = re.compile(r"[1-9][0-9]*")
 _PHONE = re.compile(r"[\d\s()+./-]+")
 
 HAYSTACK = "name_key || ' ' || email_key || ' ' || phone_key"
@@ -70,7 +72,7 @@ def custom_value(term: str, *, organizations: Collection[int]) -> Q:
     using = router.db_for_read(Customer)
     if connections[using].vendor == "postgresql":
         terms = [json.dumps(text) for text in dict.fromkeys((term, term.upper(), term.lower()))]
-        if term.isdecimal() and not term.startswith("0"):
+        if _NUMBER.fullmatch(term):
             terms.append(term)
         path = " || ".join(f"@ == {text}" for text in terms)
         sql = (
@@ -80,7 +82,7 @@ def custom_value(term: str, *, organizations: Collection[int]) -> Q:
         return Q(pk__in=RawSQL(sql, [list(organizations), f"$.** ? ({path})"]))
     quoted = json.dumps(term)
     parts = [_phrase(quoted)]
-    if term.isdecimal() and not term.startswith("0"):
+    if _NUMBER.fullmatch(term):
         parts += [_phrase(f": {term},"), _phrase(f": {term}}}")]
     return Q(pk__in=_indexed(f"more : ({' OR '.join(parts)})"))
 

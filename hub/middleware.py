@@ -7,7 +7,7 @@ from typing import Any
 from django.contrib.auth.middleware import AuthenticationMiddleware
 from django.contrib.messages.middleware import MessageMiddleware
 from django.contrib.sessions.middleware import SessionMiddleware
-from django.http import HttpRequest
+from django.http import HttpRequest, HttpResponseBadRequest
 from django.http.response import HttpResponseBase
 from django.middleware.common import CommonMiddleware
 from django.middleware.csrf import CsrfViewMiddleware
@@ -33,6 +33,18 @@ class RequestIdMiddleware:
         response = self.get_response(request)
         response["Request-Id"] = request_id
         return response
+
+
+class AdminAddressMiddleware:
+    """Refuses NUL in the query of an admin page: no value has one, and PostgreSQL refuses to look for it."""
+
+    def __init__(self, get_response: Callable[[HttpRequest], HttpResponseBase]) -> None:
+        self.get_response = get_response
+
+    def __call__(self, request: HttpRequest) -> HttpResponseBase:
+        if request.path_info.startswith("/admin") and "%00" in request.META.get("QUERY_STRING", ""):
+            return HttpResponseBadRequest("The address holds a NUL character.")
+        return self.get_response(request)
 
 
 def for_people(middleware: type[Any]) -> type[Any]:

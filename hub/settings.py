@@ -95,6 +95,7 @@ MIDDLEWARE = [
     "hub.middleware.RequestIdMiddleware",
     "django.middleware.security.SecurityMiddleware",
     "hub.middleware.AdminStaticMiddleware",
+    "hub.middleware.AdminAddressMiddleware",
     "hub.middleware.AdminSessionMiddleware",
     "hub.middleware.AdminCommonMiddleware",
     "hub.middleware.AdminCsrfMiddleware",

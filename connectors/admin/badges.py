@@ -12,7 +12,7 @@ from django.utils.html import format_html, format_html_join
 
 from connectors.models import Connection, CustomerLink, SyncRun
 from connectors.states import HEALTH, PARKED, RUN_STATUSES, STATUSES, LinkState, health_key, health_sentence
-from customers.admin import chosen_of, organizations
+from customers.admin import offered, organizations
 from customers.privacy import redacted
 
 
@@ -111,4 +111,4 @@ class ConnectionFilter(admin.SimpleListFilter):
         return connection_choices(request)
 
     def queryset(self, request: HttpRequest, queryset):  # type: ignore[no-untyped-def] # any model with a connection
-        return chosen_of(self, queryset, "connection")
+        return offered(self, queryset, "connection")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -526,6 +526,12 @@ class ConnectionAdmin(FirstSteps, OwnAdmin):
     def resume_view(self, request: HttpRequest, object_id: str) -> HttpResponse:
         if self.has_change_permission(request):
             connection = self.get_object(request, object_id)
+            # Found while it was paused: the login that it has now leads to another account's customers.
+            wrong = Issue.objects.filter(connection=connection, kind=Issue.Kind.WRONG_ACCOUNT, resolved_at=None).first()
+            if connection.state == Connection.State.PAUSED and wrong is not None:
+                connection.state, connection.state_reason = Connection.State.NEEDS_REAUTH, wrong.message
+                connection.paused_until = None
+                connection.save(update_fields=["state", "state_reason", "paused_until", "updated_at"])
             if connection.state == Connection.State.NEEDS_REAUTH:
                 self._told(request, self._test(connection))
                 return self.back(connection)
@@ -549,6 +555,6 @@ def _moment(text: str) -> datetime | None:
     """The time that a form's input names, which is in UTC; None for no time."""
     try:
         found = parse_datetime(text.strip())
-    except ValueError:
+        return (found.replace(tzinfo=UTC) if timezone.is_naive(found) else found.astimezone(UTC)) if found else None
+    except (ValueError, OverflowError):
         return None
-    return timezone.make_aware(found) if found and timezone.is_naive(found) else found

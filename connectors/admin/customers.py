@@ -31,6 +31,7 @@ from connectors.provider import Provider
 from connectors.providers import PROVIDERS
 from connectors.sealing import UnsealError
 from connectors.states import STATUSES
+from connectors.sync.deletes import goes_with_archive
 from connectors.sync.merge import same
 from connectors.sync.plan import changed_values
 from connectors.sync.push import push
@@ -104,16 +105,13 @@ class System:
             return ""
 
     @property
-    def deletes(self) -> bool:
-        """Whether archiving the customer deletes the record there."""
-        link, provider = self.link, PROVIDERS.get(self.connection.provider)
-        there = link is not None and link.remote_id and not link.is_duplicate and link.deleted_at is None
-        wanted = self.connection.pushes and self.connection.archive_policy == Connection.ArchivePolicy.DELETE
-        return bool(there and wanted and provider and provider.capabilities(self.connection).deletes)
-
-    @property
     def badge(self) -> str:
         return link_badge(self.key)
+
+    @property
+    def deletes(self) -> bool:
+        """Whether the record there is deleted when the customer is archived."""
+        return self.link is not None and goes_with_archive(self.link, PROVIDERS.get(self.connection.provider))
 
     @property
     def can_push(self) -> bool:
@@ -366,8 +364,8 @@ class LinkedCustomerAdmin(BulkActions, Tables, LinkAdmin):
                 for system in systems
             ],
             "counts": summary(Counter(system.key for system in systems if system.link)),
+            "archiving_deletes": [system.connection.name for system in systems if system.deletes],
             "can_push": can_push,
-            "archive_deletes": [system.connection.name for system in systems if in_use and system.deletes],
             "can_push_all": can_push and any(system.can_push for system in systems),
             "can_compare": self.has_compare_permission(request),
             "can_link": can_push,

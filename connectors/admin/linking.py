@@ -135,7 +135,10 @@ class LinkAdmin(CompareAdmin):
 
     def _read(self, request: HttpRequest, customer: Customer) -> tuple[Connection | None, Record | None, HttpResponse]:
         """The connection and the record that the form names, or the page that says why there are none."""
-        chosen, remote_id = request.POST.get("connection", ""), request.POST.get("remote_id", "").strip()
+        chosen, remote_id = (
+            request.POST.get("connection", ""),
+            request.POST.get("remote_id", "").replace("\x00", "").strip(),
+        )
         connection = next((one for one in self.linkable(customer) if str(one.pk) == chosen), None)
         error = ""
         if customer.archived_at or customer.merged_into_id:

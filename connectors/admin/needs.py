@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from django.contrib import messages
@@ -135,9 +135,10 @@ def after(rows: QuerySet[CustomerLink], cursor: str) -> QuerySet[CustomerLink]:
     moment, _, pk = cursor.partition("|")
     try:
         at = parse_datetime(moment)
-    except ValueError:
+        at = at.astimezone(UTC) if at and timezone.is_aware(at) else None
+    except (ValueError, OverflowError):
         at = None
-    if at is None or timezone.is_naive(at) or not pk.isdecimal() or len(pk) > 18:
+    if at is None or not pk.isdecimal() or len(pk) > 18:
         return rows
     return rows.filter(Q(updated_at__gt=at) | Q(updated_at=at, pk__gt=int(pk)))
 

@@ -39,6 +39,7 @@ from connectors.sealing import UnsealError
 from connectors.states import STATUSES, LinkState
 from connectors.sync import resolve
 from connectors.sync.clock import database_clock
+from connectors.sync.deletes import goes_with_archive
 from connectors.sync.resolve import HERE, THERE, Likely, WrongState
 from connectors.sync.settle import unanswered
 from customers import editing, jsontext
@@ -238,7 +239,7 @@ class ResolvePages(NeedsYouPages):
         actor = actor_of(request)
 
         def this_is_it(link: CustomerLink) -> object:
-            remote_id = request.POST.get("remote_id", "").strip()
+            remote_id = request.POST.get("remote_id", "").replace("\x00", "").strip()
             provider = _provider(link.connection)
             record = _read(link, remote_id, provider) if remote_id else None
             return resolve.this_is_it(link=link, remote_id=remote_id, provider=provider, record=record, actor=actor)
@@ -351,17 +352,14 @@ class ResolvePages(NeedsYouPages):
         }
 
     def _gone(self, link: CustomerLink, *, clear: bool) -> dict[str, Any]:
-        others = CustomerLink.objects.filter(
-            customer=link.customer_id,
-            remote_id__isnull=False,
-            is_duplicate=False,
-            deleted_at=None,
-            connection__direction__in=Connection.PUSHING,
-            connection__archive_policy=Connection.ArchivePolicy.DELETE,
-        )
         was = link.tombstone.get("base_remote") or link.tombstone.get("base_local") or {}
+        others = CustomerLink.objects.filter(customer=link.customer_id, remote_id__isnull=False, deleted_at=None)
         return {
-            "archive_deletes": list(others.order_by("connection__name").values_list("connection__name", flat=True)),
+            "archiving_deletes": [
+                one.connection.name
+                for one in others.select_related("connection").defer("remote_data", "base_local", "base_remote")
+                if goes_with_archive(one, PROVIDERS.get(one.connection.provider))
+            ],
             "evidence": link.tombstone.get("evidence", ""),
             "was": [
                 (label(name), shown(value if clear else masked(name, value)))

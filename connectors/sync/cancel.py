@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from datetime import datetime
 from uuid import UUID
 
@@ -16,6 +16,8 @@ from connectors.sync import runs
 from connectors.sync.clock import database_clock
 from customers.editing import Actor
 
+# So many ids are named in one statement: SQLite takes a limited number.
+ROWS = 10_000
 WAITS = (SyncRun.State.QUEUED, SyncRun.State.RUNNING)
 
 
@@ -31,7 +33,8 @@ def cancellable(run: SyncRun) -> bool:
 def cancel(*, run: SyncRun, actor: Actor, at: datetime | None = None) -> SyncRun:
     """Stop a push or an import. What it has done stays done. Raises NotCancellable.
 
-    Of a push: customers that were never sent to the system, and that this run linked, are not linked any more. Changes
+    Of a push: customers that were never sent to the system, and that this run linked or took over from an earlier one
+    that did, are not linked any more. Changes
     of customers that the system knows go out all the same, as every change does, but are no longer this run's. What is
     being sent right now is followed to its outcome. Of an import: the rows that are left are not taken in.
     """
@@ -54,6 +57,16 @@ def cancel(*, run: SyncRun, actor: Actor, at: datetime | None = None) -> SyncRun
     )
     ids = list(free.values_list("pk", flat=True))
     linked_at = parse_datetime(run.request.get("linked_at", ""))
+    for start in range(0, len(ids), ROWS):
+        _take_back(ids[start : start + ROWS], linked_at=linked_at, at=at)
+    run.refresh_from_db()
+    if run.finished_at is None and run.total >= run.planned:
+        runs.finish(run=run, at=at)
+    return run
+
+
+def _take_back(ids: Sequence[int], *, linked_at: datetime | None, at: datetime) -> None:
+    """Take these links from their run; those that were made since `linked_at` and never sent are not links any more."""
     never = CustomerLink.objects.none()
     if linked_at is not None:
         never = CustomerLink.objects.filter(
@@ -69,10 +82,6 @@ def cancel(*, run: SyncRun, actor: Actor, at: datetime | None = None) -> SyncRun
     runs.release(links=CustomerLink.objects.filter(pk__in=ids), at=at)
     CustomerLink.objects.filter(pk__in=[pk for pk, _, _ in unlinked]).delete()
     _lead_anew([customer for _, customer, led in unlinked if led])
-    run.refresh_from_db()
-    if run.finished_at is None and run.total >= run.planned:
-        runs.finish(run=run, at=at)
-    return run
 
 
 def _lead_anew(customer_ids: Collection[UUID]) -> None:

@@ -32,10 +32,15 @@ class Claim:
 
 
 def due(*, now: datetime) -> Q:
-    """Links that wait to be sent and that nobody holds. Of duplicates, those whose create has yet to be found."""
+    """Links that wait to be sent and that nobody holds. Of duplicates, those whose create has yet to be found.
+
+    Of a connection whose first steps are not over: what somebody asked for in a run, and what follows of a sending.
+    """
     free = Q(lease_until=None) | Q(lease_until__lte=now)
     sent_to = Q(is_duplicate=False) | Q(state=LinkState.UNCERTAIN)
-    return free & sent_to & Q(pushed_version__lt=F("needed_version"), next_attempt_at__lte=now, deleted_at=None)
+    closed = Connection.objects.filter(opened_at=None).values("pk")
+    held = Q(connection__in=closed, run=None, state=LinkState.OPEN, lease_token="")
+    return free & sent_to & ~held & Q(pushed_version__lt=F("needed_version"), next_attempt_at__lte=now, deleted_at=None)
 
 
 def due_connections(*, now: datetime) -> QuerySet[Connection]:

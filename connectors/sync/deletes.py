@@ -7,6 +7,7 @@ from datetime import datetime, timedelta
 from django.db.models import Q
 
 from connectors.models import Connection, CustomerLink, Issue
+from connectors.provider import Provider
 from connectors.states import LinkState
 from connectors.sync import issues
 
@@ -41,8 +42,19 @@ def plausible(*, connection: Connection, number: int, at: datetime) -> bool:
 
 def pause(*, connection: Connection) -> None:
     """Stop using a connection until somebody has looked."""
-    Connection.objects.filter(pk=connection.pk).update(state=Connection.State.PAUSED, state_reason=TOO_MANY)
-    connection.state, connection.state_reason = Connection.State.PAUSED, TOO_MANY
+    # Without an end, even if somebody had paused it until some time: that would be over by itself.
+    changes = {"state": Connection.State.PAUSED, "state_reason": TOO_MANY, "paused_until": None}
+    Connection.objects.filter(pk=connection.pk).update(**changes)
+    for name, value in changes.items():
+        setattr(connection, name, value)
+
+
+def goes_with_archive(link: CustomerLink, provider: Provider | None) -> bool:
+    """Whether archiving the customer deletes the record there. Needs the connection loaded."""
+    connection = link.connection
+    sent_to = connection.pushes and link.remote_id is not None and link.deleted_at is None and not link.is_duplicate
+    deletes = provider is not None and provider.capabilities(connection).deletes
+    return sent_to and deletes and connection.archive_policy == Connection.ArchivePolicy.DELETE
 
 
 def bury(link: CustomerLink, *, evidence: str, at: datetime, by: str = SYSTEM) -> None:

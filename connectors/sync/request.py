@@ -60,6 +60,10 @@ def request(
     dirty = Q(pushed_version__lt=F("needed_version"))
 
     def ask() -> tuple[SyncRun, int]:
+        # Links that an earlier run made and that none has sent are this run's from now on.
+        earlier = SyncRun.objects.filter(pk__in=links.filter(dirty, run__isnull=False).exclude(waits).values("run"))
+        marks = (asked_for.get("linked_at") for asked_for in earlier.values_list("request", flat=True))
+        linked_at = min([now.isoformat(), *filter(None, marks)])
         run = runs.start(
             organization=connection.organization,
             connection=connection,
@@ -68,7 +72,7 @@ def request(
             at=now,
             state=SyncRun.State.QUEUED,
             # `linked_at` tells which links were made for this run: `cancel` takes back those that were never sent.
-            request={"customers": "chosen" if customer_ids is not None else "all", "linked_at": now.isoformat()},
+            request={"customers": "chosen" if customer_ids is not None else "all", "linked_at": linked_at},
         )
         runs.release(links=links.filter(dirty).exclude(waits), at=now)
         asked = (

@@ -629,3 +629,22 @@ def test_linking_needs_its_rights(
     assert "contact@acme.com" not in text
     assert pusher.post(change(customer, "link_save"), chosen(answer, side="there")).status_code == 403
     assert pusher.post(change(customer, "link_save"), chosen(answer, side="here")).status_code == 302
+
+
+def test_what_archiving_deletes_elsewhere_is_said_beforehand(
+    connect: Callable[..., Connection], customer: Customer, admin_client: Client
+) -> None:
+    far = connect("commenda", name="Far", account="c2", direction="push", archive_policy="delete")
+    kept = connect("commenda", name="Kept", account="c3", direction="push")
+    held = link(customer, far, remote_id="r1", pushed_version=1, needed_version=1)
+    link(customer, kept, remote_id="r2", pushed_version=1, needed_version=1)
+    words = "Archiving deletes the record in Far."
+    assert words in page(admin_client, customer).content.decode()
+    gone = link(
+        customer, connect("commenda", name="Gone", account="c4", direction="push"), remote_id="r3",
+        state="remote_deleted", deleted_at=timezone.now(),
+    )  # fmt: skip
+    assert words in admin_client.get(change(gone, "resolve")).content.decode()
+    CustomerLink.objects.filter(pk=held.pk).update(deleted_at=timezone.now())
+    assert "Archiving deletes" not in page(admin_client, customer).content.decode()
+    assert "Archiving deletes" not in admin_client.get(change(gone, "resolve")).content.decode()

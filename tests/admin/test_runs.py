@@ -256,3 +256,22 @@ def test_the_groups_of_an_import_count_its_rows(organization: Organization) -> N
     run = SyncRun(organization=organization, kind="import", refused=3, planned=3, problems=problems)
     [group], complete = pages.groups_of(run, clear=True)
     assert (group.count, complete, group.shown[1]) == (3, True, "Refused")
+
+
+def test_a_push_that_was_asked_for_twice_can_be_cancelled(
+    books: Connection, organization: Organization, far: FakeLinks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("connectors.sync.cancel.ROWS", 2)
+    known, *_ = many(organization, 6)
+    request_push(connection=books, actor=COMMAND, customer_ids=[known.pk])
+    send(books, far)
+    editing.update(organization=organization, values={known.pk: {"name": "Changed"}}, actor=COMMAND)
+    first = request_push(connection=books, actor=COMMAND)
+    run = request_push(connection=books, actor=COMMAND)
+    cancel(run=run, actor=COMMAND)
+    for one in (first, run):
+        one.refresh_from_db()
+        assert (one.skipped, one.total) == (6, one.planned)
+    CustomerLink.objects.filter(next_attempt_at__isnull=False).update(next_attempt_at=timezone.now())
+    send(books, far)
+    assert [record["name"] for record in far.records.values()] == ["Changed"], "what is known there is kept up to date"

@@ -1,5 +1,6 @@
 """The first steps of a new connection: nothing goes by itself, a few customers go first, never all."""
 
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -7,11 +8,12 @@ from django.test import Client
 from django.utils import timezone
 
 from connectors.models import Connection, CustomerLink, SyncRun
-from connectors.worker import due_work
+from connectors.worker import due_work, retry_rejected
+from customers import editing
 from customers.models import Organization
 from tests.connectors import test_admin
 from tests.connectors.fakes import status
-from tests.connectors.test_admin import ADD, Far, change, link, new_customer, settings_of, staff, told
+from tests.connectors.test_admin import ADD, COMMAND, Far, change, link, new_customer, settings_of, staff, told
 
 far, books = test_admin.far, test_admin.books
 RIGHTS = (
@@ -199,3 +201,38 @@ def test_a_connection_that_begins_to_be_sent_to_takes_its_first_steps(
     admin_client.post(change(made), given)
     made.refresh_from_db()
     assert made.opened_at is None
+
+
+def test_changes_of_the_first_customers_wait_until_the_connection_is_open(
+    new: Connection, organization: Organization, far: Far, clerk: Client
+) -> None:
+    sent, refused = new_customer(organization), new_customer(organization, email="", name="No address")
+    clerk.post(change(new, "canary"), {"customers": [str(sent.pk), str(refused.pk)]})
+    assert len(far.system.writes) == 1
+    later = timezone.now() + timedelta(days=2)
+    for customer in (sent, refused):
+        editing.update(
+            organization=organization, values={customer.pk: {"name": "Edited", "email": "e@e.com"}}, actor=COMMAND
+        )
+    assert due_work(now=later) == []
+    CustomerLink.objects.filter(customer=refused).update(state="rejected", next_attempt_at=None)
+    assert retry_rejected(later) == 0
+
+    clerk.post(change(new, "canary"), {"customers": [str(sent.pk)]})
+    assert len(far.system.writes) == 2, "what somebody asks for goes out"
+    editing.update(organization=organization, values={sent.pk: {"name": "Once more"}}, actor=COMMAND)
+    assert due_work(now=later) == []
+    clerk.post(change(new, "open"))
+    assert [due.kind for due in due_work(now=later)] == ["push"]
+
+
+def test_what_follows_of_sending_a_first_customer_goes_on_by_itself(
+    new: Connection, organization: Organization, far: Far, clerk: Client
+) -> None:
+    customer = new_customer(organization)
+    clerk.post(change(new, "canary"), {"customers": [str(customer.pk)]})
+    editing.update(organization=organization, values={customer.pk: {"name": "Edited"}}, actor=COMMAND)
+    far.system.fail(status(503))
+    clerk.post(change(new, "canary"), {"customers": [str(customer.pk)]})
+    assert CustomerLink.objects.get().state == "retrying"
+    assert [due.kind for due in due_work(now=timezone.now() + timedelta(hours=1))] == ["push"]
