@@ -32,7 +32,7 @@ def test_the_pages_name_the_systems_that_archiving_deletes_from(
     assert ("Archiving deletes the record in Shop." in client.get(address(customer)).content.decode()) == told
     resolve = client.get(reverse("admin:connectors_customerlink_resolve", args=[asks.pk])).content.decode()
     assert "Archive the customer" in resolve
-    assert ("Its record in Shop is deleted there." in resolve) == told
+    assert ("Archiving deletes the record in Shop." in resolve) == told
 
 
 def test_a_system_that_calls_the_hub_is_not_opened_by_the_first_steps(
