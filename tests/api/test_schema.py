@@ -58,6 +58,10 @@ BEYOND = (
     b"of at most 64 bits",
     b"Give a phone number, such as",
 )
+UNTOUCHED = re.compile(
+    r"Invalid component:\s+- query: violates `additionalProperties`"
+    r"\s+- header: violates `required` \(was Authorization\)\s*$"
+)
 METHODS = ("get", "put", "post", "patch", "delete")
 
 
@@ -274,6 +278,9 @@ def send_generated(world: World, *, role: str, examples: int, phases: dict[str, 
                         continue
                     # In the body it is read as leniently as in the query: 0 is false.
                     if check.name == "negative_data_rejection" and "in body - run_async" in failure.message:
+                        continue
+                    # The key that it left out was put back, and Links ignores names in the query that it does not know.
+                    if check.name == "negative_data_rejection" and UNTOUCHED.search(failure.message):
                         continue
                     outcome.deviations[f"{check.name} {recorder.cases[case_id].value.operation.label}"].append(
                         f"{failure.title}: {failure.message}\n{check.failure_info.code_sample}\n"
