@@ -242,6 +242,11 @@ class TextSchema(OpenApiSerializerFieldExtension):
         schema: dict[str, Any] = {"type": "string"}
         if direction == "request":
             schema["pattern"] = PLAIN if self.target.allow_blank or not self.target.trim_whitespace else FILLED
+            if self.target.trim_whitespace and (least := self.target.min_length or 0) > 1:
+                # Blanks around it are not counted.
+                schema["pattern"] = (
+                    rf"^[^{CONTROL}]*[^\s{CONTROL}][^{CONTROL}]{{{least - 2},}}[^\s{CONTROL}][^{CONTROL}]*$"
+                )
             for validator in self.target.validators:
                 schema |= get_override(validator, "field", {})
                 if validator is well_formed:

@@ -79,18 +79,11 @@ class Answered(serializers.Serializer[Any]):
     shipping_address = Address(required=False, allow_null=True)
 
 
-@extend_schema_field({"pattern": r"\S[\s\S]+\S"})
-def three_characters(text: str) -> None:
-    """A validator: so many are left without the blanks around them."""
-    if len(text) < 3:
-        raise serializers.ValidationError("Ensure this field has at least 3 characters.", code="min_length")
-
-
 @extend_schema_serializer(component_name="CommendaCustomerChange")
 class Change(serializers.Serializer[Any]):
     """The body of an update. A key that is absent leaves what is stored; null empties it."""
 
-    name = Text(max_length=255, required=False, validators=[three_characters])
+    name = Text(min_length=3, max_length=255, required=False)
     email = Text(max_length=254, required=False, allow_null=True, validators=[well_formed])
     shipping_address = GivenAddress(required=False, allow_null=True)
     business_identification_number = Text(max_length=255, required=False, allow_null=True, allow_blank=True)
@@ -100,7 +93,7 @@ class Change(serializers.Serializer[Any]):
 class Creation(Change):
     """The body of a create."""
 
-    name = Text(max_length=255, validators=[three_characters])
+    name = Text(min_length=3, max_length=255)
     corporation_id = Text(trim_whitespace=False)
     external_id = Text(max_length=255, required=False, allow_null=True, trim_whitespace=False)
 
