@@ -31,6 +31,7 @@ from connectors.api.filters import Expanding, Filters, read_cursor, select, writ
 from connectors.api.links import LinkShown, shown_links
 from connectors.api.problems import CODES, Refusal
 from connectors.api.resource import Nothing, Resource
+from connectors.api.schema import PLAIN
 from connectors.api.writing import UPDATE, UPSERT, Item, Values, check_version, write_one
 from connectors.inbound.errors import Fault
 from connectors.inbound.fields import Text
@@ -239,7 +240,12 @@ class Customers(UnifiedCustomers, Resource):
         "the end of the address is not part of the id.",
         parameters=[
             OpenApiParameter("connection_id", str, OpenApiParameter.PATH, description="The connection's id."),
-            OpenApiParameter("source_id", str, OpenApiParameter.PATH, description="The customer's id over there."),
+            OpenApiParameter(
+                "source_id",
+                {"type": "string", "minLength": 1, "maxLength": REMOTE_ID_LENGTH, "pattern": PLAIN},
+                OpenApiParameter.PATH,
+                description="The customer's id over there.",
+            ),
             IF_MATCH,
             ETAG,
         ],

@@ -242,7 +242,7 @@ def query(
         "next": ({"type": "string"}, "The `next` of an earlier answer."),
         "prev": ({"type": "string"}, "The `prev` of an earlier answer."),
         "select": (
-            {"type": "array", "items": {"type": "string", "enum": ["raw_data", "data_hash"]}},
+            {"type": "array", "items": {"type": "string", "enum": ["raw_data", "data_hash", ""]}},
             "More keys to show, with commas between them.",
         ),
         "include_deleted_records": ({"type": "boolean", "default": False}, "Show deleted ones, too."),
