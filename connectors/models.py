@@ -604,14 +604,15 @@ class CustomerLink(models.Model):
         """What is going on, in words for staff; with `key`, what there is to say of that status."""
         shown = "%Y-%m-%d %H:%M:%S UTC"
         status = STATUSES[key] if key else self.status(now=now)
-        whole = "" if key else self.connection.state_reason  # why none of the connection's links moves
+        whole = status.key in ("paused", "reconnect")  # why none of the connection's links moves
+        reason = self.connection.state_reason if whole else self.error
         return status.sentence.format(
             system=self.connection.name,
             time=self.synced_at.strftime(shown) if self.synced_at else "its creation",
             next=self.next_attempt_at.strftime(shown) if self.next_attempt_at else "the next pass",
             wait=self.connection.not_before.strftime(shown) if self.connection.not_before else "later",
             field=", ".join(self.conflicts) or self.error_field or "the record",
-            error=self.error or whole or "no reason given",
+            error=reason or "no reason given",
         )
 
 

@@ -33,8 +33,8 @@ from customers.forms import ABSENT, Clash, CustomerForm, label, shown
 from customers.ids import parse_public_id
 from customers.models import Customer, CustomerChange, Organization, Reveal
 from customers.normalize import clean_text, has_control_characters
-from customers.privacy import PERSONAL, REVEAL, masked, masked_all, redacted, sees
-from customers.timeline import PEOPLE, SYSTEMS, Asked, Cursor, Source, changes, notes, reveals, timeline
+from customers.privacy import PERSONAL, REVEAL, masked, redacted, sees
+from customers.timeline import PEOPLE, SYSTEMS, Asked, Cursor, Source, change_event, changes, notes, reveals, timeline
 
 MOMENT = "%Y-%m-%d %H:%M:%S UTC"
 NOTE_LENGTH = 2000
@@ -545,7 +545,7 @@ class CustomerAdmin(OwnAdmin):
             "created_at": customer.created_at,
             "updated_at": customer.updated_at,
             "archived_at": customer.archived_at,
-            **(values if open_ else masked_all(values)),
+            **{name: value if open_ else masked(name, value) for name, value in values.items()},
         }
         return jsontext.dumps(kept, option=jsontext.INDENT).decode()
 
@@ -675,31 +675,13 @@ def by_organization(
         yield found, ids[found.pk]
 
 
-class Entry:
-    """One change as the timeline tells it. Without `clear`, personal values are masked."""
-
-    def __init__(self, change: CustomerChange, *, clear: bool) -> None:
-        self.change = change
-        self.author = change.actor_name
-        self.kind = change.get_actor_kind_display()
-        self.at = change.at.strftime(MOMENT)
-        self.fields = [
-            (label(name), *(shown(value if clear else masked(name, value)) for value in (old, new)))
-            for name, (old, new) in change.changes.items()
-            if name != "archived_at"
-        ]
-        archived = change.changes.get("archived_at")
-        if change.version == 1:
-            self.deed = "created this customer"
-        elif archived:
-            self.deed = "archived this customer" if archived[1] else "restored this customer"
-        else:
-            self.deed = "changed"
-
-    @property
-    def sentence(self) -> str:
-        told = "; ".join(f"{name} from {old} to {new}" for name, old, new in self.fields)
-        return f"{self.deed} {told}" if self.deed == "changed" else self.deed
+def sentence_of(change: CustomerChange, *, clear: bool) -> str:
+    """One change as the timeline tells it, of a new customer without its values."""
+    event = change_event(Asked(customer=change.customer, sees=clear), change)
+    if event.only_new:
+        return event.deed.removesuffix(":")
+    told = "; ".join(f"{name} from {old} to {new}" for name, old, new in event.fields)
+    return f"{event.deed} {told}".strip()
 
 
 @admin.register(Reveal)
@@ -746,7 +728,7 @@ class CustomerChangeAdmin(ReadOnlyAdmin):
 
     @admin.display(description="What")
     def sentence(self, change: CustomerChange) -> str:
-        return Entry(change, clear=True).sentence
+        return sentence_of(change, clear=True)
 
     @admin.display(description="message")
     def message_masked(self, change: CustomerChange) -> str:
@@ -754,7 +736,7 @@ class CustomerChangeAdmin(ReadOnlyAdmin):
 
     @admin.display(description="What")
     def sentence_masked(self, change: CustomerChange) -> str:
-        return Entry(change, clear=False).sentence
+        return sentence_of(change, clear=False)
 
     def get_list_display(self, request: HttpRequest) -> list[Any]:
         return self._shown(request, self.list_display)

@@ -7,6 +7,7 @@ Each call is one transaction. It locks what it changes, writes one change row pe
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -254,6 +255,14 @@ def create(
 def draft(*, organization: Organization) -> Customer:
     """A customer that is not stored and never is: to ask what a system would be sent."""
     return Customer(id=uuid7(), organization=organization)
+
+
+def imagined(customer: Customer, values: Values) -> Customer:
+    """The customer as it would be with these values, for asking only: a copy that is never stored."""
+    other = copy.copy(customer)
+    for name, value in {**values, **_keys(values, customer.organization)}.items():
+        setattr(other, name, value)
+    return other
 
 
 def lock(*, organization: Organization, ids: Iterable[UUID]) -> dict[UUID, Customer]:

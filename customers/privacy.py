@@ -45,10 +45,6 @@ def masked(name: str, value: Any) -> Any:
     return HIDDEN
 
 
-def masked_all(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: masked(name, value) for name, value in values.items()}
-
-
 def _leaves(value: Any) -> Iterator[str]:
     """The texts and numbers of a field's value, those inside custom fields included."""
     if isinstance(value, Mapping | list):

@@ -130,10 +130,11 @@ def changes(asked: Asked) -> list[Event]:
         rows = rows.filter(by_people if asked.only == PEOPLE else ~by_people)
     found = list(asked.page(rows, rank=CHANGES))
     merges = _merges(asked.customer, [change.version for change in found])
-    return [_change(asked, change, merges.get(change.version, "")) for change in found]
+    return [change_event(asked, change, merge=merges.get(change.version, "")) for change in found]
 
 
-def _change(asked: Asked, change: CustomerChange, merge: str) -> Event:
+def change_event(asked: Asked, change: CustomerChange, *, merge: str = "") -> Event:
+    """One version. `merge` tells, in words, of the merge that made it."""
     moved = [
         (label(name), asked.value(name, old), asked.value(name, new))
         for name, (old, new) in change.changes.items()

@@ -39,7 +39,7 @@ from customers.privacy import PERSONAL, masked, redacted, sees
 
 READ_SECONDS = 10.0
 MARK_AGE = 24 * 3600
-# The mark, the icon and the words of what happens to a field; {system} is where it happens.
+# The icon and the words of what happens to a field; {system} is where it happens.
 WORDS: Mapping[Will, tuple[str, str]] = {
     Will.SAME: ("=", "same"),
     Will.WRITTEN_SO: ("=", "same, {system} writes it so"),

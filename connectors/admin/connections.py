@@ -22,6 +22,7 @@ from connectors import login
 from connectors.admin import checking, overview, testing
 from connectors.admin.badges import connection_badge, counts_by_status, run_badge, summary
 from connectors.admin.issues import words_of
+from connectors.admin.needs import counted
 from connectors.admin.wizard import FirstSteps, canary_succeeded
 from connectors.exceptions import ConnectionUnusable, ConnectorError
 from connectors.guard import check_url
@@ -208,8 +209,10 @@ class ConnectionAdmin(FirstSteps, OwnAdmin):
         changes = super().get_changelist_instance(request)
         changes.result_list = list(changes.result_list)
         counts = counts_by_status([connection.pk for connection in changes.result_list], now=timezone.now())
+        waits = counted(changes.result_list)
         for connection in changes.result_list:
             connection.counts = counts.get(connection.pk, {})
+            connection.parked = overview.parked(waits, connection)
         return changes
 
     @admin.display(description="System", ordering="provider")
@@ -218,9 +221,8 @@ class ConnectionAdmin(FirstSteps, OwnAdmin):
         return provider.label if provider else connection.provider
 
     @admin.display(description="State", ordering="state")
-    def badge(self, connection: Connection) -> str:
-        parked = overview.parked_of(getattr(connection, "counts", {}))
-        return connection_badge(connection, parked=parked, now=timezone.now())
+    def badge(self, connection: Any) -> str:
+        return connection_badge(connection, parked=connection.parked, now=timezone.now())
 
     @admin.display(description="Customers")
     def links_by_state(self, connection: Any) -> str:

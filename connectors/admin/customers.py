@@ -12,9 +12,9 @@ from uuid import UUID
 
 from django.contrib import admin, messages
 from django.core.exceptions import PermissionDenied
-from django.db.models import Prefetch, Q, QuerySet, prefetch_related_objects
+from django.db.models import Max, Prefetch, Q, QuerySet, prefetch_related_objects
 from django.http import Http404, HttpRequest, HttpResponse, HttpResponseRedirect
-from django.urls import NoReverseMatch, URLPattern, reverse
+from django.urls import URLPattern, reverse
 from django.utils import timezone
 from django.utils.html import format_html, format_html_join
 
@@ -48,8 +48,6 @@ from customers.timeline import Asked
 CALL_SECONDS = 10.0
 PRESS_SECONDS = 20.0
 LEVELS = {"success": messages.SUCCESS, "warning": messages.WARNING, "danger": messages.ERROR}
-# A link in one of these states waits for a person's decision.
-RESOLVE = "admin:connectors_customerlink_resolve"
 ASKS = ("conflict", "uncertain", "remote_deleted", "duplicate")
 BULKY = ("remote_data", "base_local", "base_remote")
 
@@ -99,10 +97,7 @@ class System:
         """The page on which a person decides what this link waits for; "" when it waits for nobody."""
         if self.link is None or self.key not in ASKS:
             return ""
-        try:
-            return reverse(RESOLVE, args=[self.link.pk])
-        except NoReverseMatch:
-            return ""
+        return reverse("admin:connectors_customerlink_resolve", args=[self.link.pk])
 
     @property
     def badge(self) -> str:
@@ -380,8 +375,10 @@ class LinkedCustomerAdmin(BulkActions, Tables, LinkAdmin):
             return []
         last: dict[int, PushIntent] = {}
         links = [system.link.pk for system in systems if system.link]
-        tried = PushIntent.objects.filter(link__in=links).only("link_id", "answered_at", "status", "remote_request_id")
-        for intent in tried.filter(outcome=PushIntent.Outcome.FAILED).order_by("pk"):
+        failed = PushIntent.objects.filter(link__in=links, outcome=PushIntent.Outcome.FAILED).order_by()
+        newest = failed.values("link").annotate(newest=Max("pk")).values("newest")
+        tried = PushIntent.objects.filter(pk__in=newest)
+        for intent in tried.only("link_id", "answered_at", "status", "remote_request_id"):
             last[intent.link_id] = intent
         return [
             {

@@ -18,7 +18,8 @@ from django.urls import reverse
 from django.utils.http import urlencode
 
 from connectors.admin.badges import connection_badge, run_badge
-from connectors.admin.needs import KINDS, counted, kind_badge, may_settle, open_issues, told
+from connectors.admin.needs import counted, kind_badge, may_settle, open_issues, told
+from connectors.admin.overview import parked
 from connectors.models import Connection, CustomerLink, Heartbeat, SyncRun
 from connectors.sync import heartbeat
 from connectors.sync.claim import due
@@ -61,9 +62,6 @@ class Figures:
     backlogs: dict[int, Backlog]
     hours: dict[int, dict[datetime, tuple[int, int]]]
     workers: list[Heartbeat] = field(default_factory=list)
-
-    def parked(self, connection: Connection) -> int:
-        return sum(n for (pk, _), (n, _) in self.needs.items() if pk == connection.pk)
 
 
 def figures(organization_ids: Sequence[int]) -> Figures:
@@ -306,15 +304,15 @@ def _systems(known: Figures, *, now: datetime) -> list[System]:
         backlog = known.backlogs.get(connection.pk, Backlog())
         of: Mapping[datetime, tuple[int, int]] = known.hours.get(connection.pk, {})
         last = [of.get(hour, (0, 0)) for hour in hours]
-        parked = known.parked(connection)
+        waits = parked(known.needs, connection)
         systems.append(
             System(
                 connection=connection,
-                badge=connection_badge(connection, parked=parked, oldest_due=backlog.oldest_due, now=now),
+                badge=connection_badge(connection, parked=waits, oldest_due=backlog.oldest_due, now=now),
                 backlog=backlog.number,
                 share=_high(backlog.number, largest, 100),
                 waiting=f"first due {age(now - backlog.oldest_due)} ago" if backlog.oldest_due else "",
-                parked=parked,
+                parked=waits,
                 pushed=sum(pushed for pushed, _ in last),
                 errors=sum(errors for _, errors in last),
                 bars=_bars(last),
@@ -339,6 +337,3 @@ def _deed(change: CustomerChange) -> str:
     if archived := change.changes.get("archived_at"):
         return "archived" if archived[1] else "restored"
     return "changed " + ", ".join(label(name) for name in change.changes)
-
-
-__all__ = ["KINDS", "Figures", "dashboard", "figures"]

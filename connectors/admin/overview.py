@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -12,6 +11,7 @@ from urllib.parse import urlencode
 from django.urls import reverse
 
 from connectors.admin.badges import counts_by_status
+from connectors.admin.needs import KINDS, counted
 from connectors.admin.reasons import causes
 from connectors.exceptions import Rejected
 from connectors.models import Connection, CustomerLink
@@ -19,11 +19,11 @@ from connectors.provider import Provider
 from connectors.states import STATUSES, LinkState
 from connectors.sync import limits
 from connectors.sync.claim import due
-from customers.editing import EDITABLE, FLAGS, draft
+from connectors.sync.preview import leaves
+from customers.editing import EDITABLE, FLAGS, draft, imagined
 from customers.forms import label, shown
 from customers.ids import parse_public_id, uuid7
 from customers.models import Customer
-from customers.normalize import country_code, email_key, name_key, phone_key
 from customers.privacy import HIDDEN, PERSONAL, masked
 
 # Up to here every state of a connection's links is counted; of a larger one, what an index can count.
@@ -32,9 +32,7 @@ COUNTED = 100_000
 BOUND = 10_000
 REASONS = 10
 MOMENT = "%Y-%m-%d %H:%M:%S UTC"
-# The states that wait for a person, as they are shown.
-ATTENTION = ("rejected", "uncertain", "conflict", "remote_deleted", "duplicate")
-QUEUE = ("waiting", "sending", "retrying", "rejected", "checking", *ATTENTION[1:], "in_sync")
+QUEUE = ("waiting", "sending", "retrying", "checking", *KINDS, "in_sync")
 
 
 def number(count: int) -> str:
@@ -66,7 +64,10 @@ class Reason:
 
 @dataclass(kw_only=True)
 class Queue:
-    """What waits at a connection. `complete` is False where only the indexed states of a large one were counted."""
+    """What waits at a connection, `parked` of it for a person: what somebody has settled, such as a record that is to
+    stay deleted, is shown in its state and waits no more. `complete` is False where only the indexed states of a large
+    one were counted.
+    """
 
     counts: list[Waits] = field(default_factory=list)
     reasons: list[Reason] = field(default_factory=list)
@@ -80,7 +81,7 @@ def links_url(**query: Any) -> str:
 
 
 def queue(connection: Connection, *, sees: bool, now: datetime) -> Queue:
-    """Six queries. What systems say may quote personal data: it is hidden from who does not see that."""
+    """Seven queries. What systems say may quote personal data: it is hidden from who does not see that."""
     links = CustomerLink.objects.filter(connection=connection)
     found = Queue(complete=links.order_by().values("pk")[: COUNTED + 1].count() <= COUNTED)
     if found.complete:
@@ -94,7 +95,7 @@ def queue(connection: Connection, *, sees: bool, now: datetime) -> Queue:
         for key in (*QUEUE, *sorted(counts.keys() - set(QUEUE)))
         if counts.get(key)
     ]
-    found.parked = sum(counts.get(key, 0) for key in ATTENTION)
+    found.parked = parked(counted([connection]), connection)
     found.reasons = [
         Reason(
             field=label(cause.field),
@@ -110,8 +111,9 @@ def queue(connection: Connection, *, sees: bool, now: datetime) -> Queue:
     return found
 
 
-def parked_of(counts: Mapping[str, int]) -> int:
-    return sum(counts.get(key, 0) for key in ATTENTION)
+def parked(numbers: Mapping[tuple[int, str], tuple[int, datetime]], connection: Connection) -> int:
+    """How many links of the connection wait for a person, of what `needs.counted` tells."""
+    return sum(n for (pk, _), (n, _) in numbers.items() if pk == connection.pk)
 
 
 # Limits
@@ -125,6 +127,10 @@ def limit_facts(connection: Connection, *, now: datetime) -> list[tuple[str, str
         facts.append(("Rate", "No limit is set. The hub stops when the system asks it to."))
     else:
         facts.append(("Rate", f"{connection.rate:g} calls a second at most; {left:.0f} may follow at once now."))
+    if connection.day_limit is not None:
+        taken = limits.calls_today(connection, now)
+        rest = "The last tenth is left to what somebody waits for. It begins anew at 00:00 UTC."
+        facts.append(("Today", f"{taken:,} of {connection.day_limit:,} calls. {rest}"))
     if connection.not_before is not None and connection.not_before > now:
         facts.append(("Waiting", f"It asked us to wait until {connection.not_before.strftime(MOMENT)}."))
     else:
@@ -287,18 +293,16 @@ def mapping(provider: Provider, connection: Connection, *, example: Customer | N
     def document(customer: Customer) -> dict[str, Any]:
         return provider.document(customer, connection=connection, uid=uid, fields=None)
 
-    known = draft(organization=connection.organization)
-    for name, value in EXAMPLE.items():
-        _set(known, name, value)
+    known = imagined(draft(organization=connection.organization), EXAMPLE)
     try:
-        base = _flat(document(known))
+        base = leaves(document(known))
     except Rejected as error:
         found.refused = error.message
         return found
     sent: dict[str, Any] = {}
     if example is not None:
         try:
-            sent = _flat(document(example))
+            sent = leaves(document(example))
         except Rejected as error:
             named = f"{label(error.field)}: " if error.field else ""
             found.refused = f"{example.name} would be refused. {named}{error.message}"
@@ -325,26 +329,11 @@ def mapping(provider: Provider, connection: Connection, *, example: Customer | N
     return found
 
 
-def _set(customer: Customer, name: str, value: Any) -> None:
-    """Set a field of a customer that is never stored, and the look-up key that is made of it."""
-    setattr(customer, name, value)
-    match name:
-        case "name":
-            customer.name_key = name_key(value)
-        case "email":
-            customer.email_key = email_key(value)
-        case "phone":
-            customer.phone_key = phone_key(value)
-        case "address_country" | "shipping_address_country":
-            setattr(customer, f"{name}_code", country_code(value))
-
-
 def _places(document: Any, known: Customer, name: str, base: Mapping[str, Any]) -> list[str]:
-    other = copy.copy(known)
     before = getattr(known, name)
-    _set(other, name, (not before) if name in FLAGS else OTHER.get(name, f"{before} B"))
+    other = (not before) if name in FLAGS else OTHER.get(name, f"{before} B")
     try:
-        after = _flat(document(other))
+        after = leaves(document(imagined(known, {name: other})))
     except Rejected:
         return []
     changed = (place for place in {**base, **after} if base.get(place, _ABSENT) != after.get(place, _ABSENT))
@@ -355,28 +344,11 @@ def _needed(document: Any, known: Customer, name: str) -> str:
     """What the connector says when the field is empty; "" where it may be."""
     if name in FLAGS:
         return ""
-    bare = copy.copy(known)
-    _set(bare, name, {} if name == "custom_fields" else "")
     try:
-        document(bare)
+        document(imagined(known, {name: {} if name == "custom_fields" else ""}))
     except Rejected as error:
         return error.message
     return ""
-
-
-def _flat(document: Any, place: str = "") -> dict[str, Any]:
-    """The leaves of a document by their dotted names; items of a list share one name."""
-    if isinstance(document, Mapping):
-        leaves: dict[str, Any] = {}
-        for name, value in document.items():
-            leaves |= _flat(value, f"{place}.{name}" if place else str(name))
-        return leaves
-    if isinstance(document, list):
-        leaves = {}
-        for item in document:
-            leaves |= {name: value for name, value in _flat(item, f"{place}[]").items() if name not in leaves}
-        return leaves
-    return {place: document}
 
 
 def example_of(connection: Connection, chosen: str) -> Customer | None:

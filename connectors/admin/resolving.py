@@ -299,7 +299,9 @@ class ResolvePages(NeedsYouPages):
             "kind": kind,
             "badge": link_badge(shown_key),
             "sentence": sentence(link, kind, now=now, clear=clear),
-            "held_up": link.sentence(now=now) if kind and key in ("paused", "reconnect") else "",
+            "held_up": safe_text(link.sentence(now=now), link.customer, clear=clear)
+            if kind and key in ("paused", "reconnect")
+            else "",
             "turn": STATUSES[shown_key].turn,
             "can_push": self.has_push_permission(request),
             "can_edit": request.user.has_perm(EDIT),

@@ -47,23 +47,11 @@ def canary_succeeded(connection: Connection) -> bool:
     ).exists()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """Where a connection is: each step's state is "done", "now" or "later"."""
-
-    steps: dict[str, str]
-
-    def __getattr__(self, name: str) -> str:
-        try:
-            return self.steps[name]
-        except KeyError:
-            raise AttributeError(name) from None
-
-
 STEPS = ("login", "direction", "match", "canary", "open")
 
 
-def progress(connection: Connection, *, sent: bool) -> Progress:
+def progress(connection: Connection, *, sent: bool) -> dict[str, str]:
+    """Where a connection is: each step is "done", "now" or "later"."""
     done = {
         "login": bool(connection.setup.get("test", {}).get("good")),
         "direction": bool(connection.setup.get("direction")),
@@ -75,7 +63,7 @@ def progress(connection: Connection, *, sent: bool) -> Progress:
     for name in STEPS:
         now = "now" not in steps.values()
         steps[name] = "done" if done[name] else "now" if now else "later"
-    return Progress(steps=steps)
+    return steps
 
 
 @dataclass(kw_only=True)

@@ -34,9 +34,9 @@ def cancel(*, run: SyncRun, actor: Actor, at: datetime | None = None) -> SyncRun
     """Stop a push or an import. What it has done stays done. Raises NotCancellable.
 
     Of a push: customers that were never sent to the system, and that this run linked or took over from an earlier one
-    that did, are not linked any more. Changes
-    of customers that the system knows go out all the same, as every change does, but are no longer this run's. What is
-    being sent right now is followed to its outcome. Of an import: the rows that are left are not taken in.
+    that did, are not linked any more. Changes of customers that the system knows go out all the same, as every change
+    does, but are no longer this run's. What is being sent right now is followed to its outcome. Of an import: the rows
+    that are left are not taken in.
     """
     at = at or database_clock()
     run = SyncRun.objects.select_for_update().get(pk=run.pk)

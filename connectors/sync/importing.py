@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from itertools import islice
 from pathlib import Path
@@ -264,13 +264,12 @@ def opened(file: ImportFile) -> Iterator[Table]:
 def preview(file: ImportFile, *, actor: Actor) -> Preview:
     """What taking the file in would do, row by row: each chunk is taken in for real and rolled back."""
     found = Preview()
-    work = _work(file, actor, create=False)
 
     def tell(row: Row, outcome: str, changes: Mapping[str, list[Any]]) -> None:
         if row.number <= ROWS_SHOWN + 1:
             found.rows.append((row.number, str(row.values.get("name") or ""), outcome, changes))
 
-    work = Import(**{**vars(work), "tell": tell})
+    work = replace(_work(file, actor, create=False), tell=tell)
     try:
         with opened(file) as table:
             found.columns, found.ignored = table.columns, table.ignored

@@ -123,7 +123,7 @@ def give_back(*, connection: Connection, calls: int, now: datetime) -> None:
         if row.rate is not None:
             _fill(row, _left(row, now)[0] + calls, now)
         if row.day_limit is not None:
-            _count(row, -min(calls, _taken(row, now)), now)
+            _count(row, -min(calls, calls_today(row, now)), now)
 
 
 def heard(
@@ -221,7 +221,8 @@ def _fill(row: Connection, calls: float, now: datetime) -> None:
 # The day
 
 
-def _taken(row: Connection, now: datetime) -> int:
+def calls_today(row: Connection, now: datetime) -> int:
+    """The calls that were taken on this day."""
     return row.day_calls if row.day == now.astimezone(UTC).date() else 0
 
 
@@ -232,12 +233,12 @@ def _of_the_day(row: Connection, want: int, *, urgent: bool, now: datetime) -> t
     today = now.astimezone(UTC)
     midnight = datetime(today.year, today.month, today.day, tzinfo=UTC) + timedelta(days=1)
     usable = row.day_limit if urgent else math.floor(row.day_limit * (1 - RESERVE))
-    return max(0, min(want, usable - _taken(row, now))), (midnight - today).total_seconds()
+    return max(0, min(want, usable - calls_today(row, now))), (midnight - today).total_seconds()
 
 
 def _count(row: Connection, calls: int, now: datetime) -> None:
     today = now.astimezone(UTC).date()
-    Connection.objects.filter(pk=row.pk).update(day_calls=_taken(row, now) + calls, day=today)
+    Connection.objects.filter(pk=row.pk).update(day_calls=calls_today(row, now) + calls, day=today)
 
 
 # Waiting times

@@ -6,7 +6,7 @@ The plan and the call are the engine's own: what is shown is what is done, unles
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from enum import StrEnum
@@ -21,7 +21,7 @@ from connectors.sync.merge import Merge, merge, same
 from connectors.sync.plan import changed_values, plan
 from connectors.sync.push import call
 from connectors.sync.steps import Sending, Settled, Step
-from customers.editing import EDITABLE
+from customers.editing import EDITABLE, imagined
 from customers.models import Customer
 
 
@@ -256,15 +256,11 @@ def _will(
 def sent_as(link: CustomerLink, provider: Provider, name: str) -> dict[str, Any]:
     """The parts of the document that carry one field, by path: those that would be others if the field were."""
     here = getattr(link.customer, name)
-    other = copy.copy(link.customer)
-    probe = _probe(name, here)
-    setattr(other, name, probe)
-    if name.endswith("_country"):
-        setattr(other, f"{name}_code", probe)
+    other = imagined(link.customer, {name: _probe(name, here)})
     fields = frozenset({name}) if link.remote_id else None
 
     def parts(customer: Customer) -> dict[str, Any]:
-        return dict(_leaves(provider.document(customer, connection=link.connection, uid=link.uid, fields=fields)))
+        return leaves(provider.document(customer, connection=link.connection, uid=link.uid, fields=fields))
 
     try:
         sent, otherwise = parts(link.customer), parts(other)
@@ -287,7 +283,16 @@ def _probe(name: str, here: Any) -> Any:
     return "Some Other" if here != "Some Other" else "Yet Another"
 
 
-def _leaves(document: Any, path: str = "") -> Sequence[tuple[str, Any]]:
-    if not isinstance(document, dict):
-        return [(path, document)]
-    return [leaf for key, value in document.items() for leaf in _leaves(value, f"{path}.{key}" if path else key)]
+def leaves(document: Any, path: str = "") -> dict[str, Any]:
+    """The leaves of a document by their dotted paths; the items of a list share one path, and the first one shows."""
+    if isinstance(document, Mapping):
+        found: dict[str, Any] = {}
+        for name, value in document.items():
+            found |= leaves(value, f"{path}.{name}" if path else str(name))
+        return found
+    if isinstance(document, list):
+        found = {}
+        for item in document:
+            found = {**leaves(item, f"{path}[]"), **found}
+        return found
+    return {path: document}

@@ -8,6 +8,7 @@ import pytest
 from django.db import connection as database
 from django.test import Client
 from django.test.utils import CaptureQueriesContext
+from django.urls import reverse
 from django.utils import timezone
 
 from connectors.admin import overview
@@ -57,6 +58,20 @@ def test_the_page_tells_health_queue_and_reasons(books: Connection, organization
     assert rows.context["cl"].result_count == 3
     for waits in client.get(change(books)).context["queue"].counts:
         assert client.get(waits.url).context["cl"].result_count == waits.count
+
+
+def test_what_somebody_has_settled_does_not_make_a_connection_degraded(
+    books: Connection, organization: Organization
+) -> None:
+    shape = {"remote_id": "r1", "deleted_at": timezone.now(), "state": LinkState.REMOTE_DELETED, "needed_version": 1}
+    gone = link(new_customer(organization), books, **shape)
+    client = staff(organization, *LOOK)
+    listed = reverse("admin:connectors_connection_changelist")
+    assert "Degraded" in page_of(client, books)
+    assert "Degraded" in client.get(listed).content.decode()
+    CustomerLink.objects.filter(pk=gone.pk).update(tombstone={"unlinked": "2026-11-21"})
+    assert "Degraded" not in page_of(client, books)
+    assert "Degraded" not in client.get(listed).content.decode()
 
 
 def test_a_large_queue_is_counted_as_far_as_an_index_goes(

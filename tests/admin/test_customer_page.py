@@ -11,6 +11,7 @@ from django.core.exceptions import ValidationError
 from django.db import connection as database
 from django.test import Client
 from django.test.utils import CaptureQueriesContext
+from django.urls import reverse
 from django.utils import timezone
 
 from connectors.models import Conflict, Connection, CustomerLink, PushIntent, SyncRun, check_record_url
@@ -250,14 +251,14 @@ def test_personal_data_is_masked_for_who_may_not_see_it(
         assert open_ in text
 
 
-def test_resolve_is_offered_only_where_there_is_such_a_page(
-    system: Callable[..., Connection], customer: Customer, admin_client: Client, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("state", "offered"), [("uncertain", True), ("in_sync", False)])
+def test_resolve_is_offered_where_somebody_has_to_decide(
+    system: Callable[..., Connection], customer: Customer, admin_client: Client, state: str, offered: bool
 ) -> None:
-    link(customer, system("links", name="Books"), state="uncertain", needed_version=1)
-    monkeypatch.setattr("connectors.admin.customers.RESOLVE", "admin:no_such_page")
-    assert "Resolve in Books" not in page(admin_client, customer).content.decode()
-    monkeypatch.setattr("connectors.admin.customers.RESOLVE", "admin:connectors_customerlink_change")
-    assert "Resolve in Books" in page(admin_client, customer).content.decode()
+    held = link(customer, system("links", name="Books"), state=state, needed_version=1)
+    text = page(admin_client, customer).content.decode()
+    assert ("Resolve in Books" in text) is offered
+    assert (reverse("admin:connectors_customerlink_resolve", args=[held.pk]) in text) is offered
 
 
 # The timeline

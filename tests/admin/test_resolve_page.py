@@ -72,6 +72,15 @@ def test_without_the_right_nothing_personal_is_on_the_page(shop: Shop) -> None:
     assert "shown to those who may see personal data" in text
 
 
+def test_what_a_paused_system_waits_for_is_told_without_what_it_quotes(shop: Shop) -> None:
+    [link] = shop.lose()
+    Connection.objects.update(state="paused", state_reason="They asked about 0@example.com.")
+    assert "They asked about 0@example.com." in page(staff(shop.organization, *LOOK, PUSH, SEE), link)
+    text = page(staff(shop.organization, *LOOK, PUSH), link)
+    assert "They asked about" in text
+    assert "0@example.com" not in text
+
+
 @pytest.mark.django_db(transaction=True)
 def test_a_search_shows_likely_records_beside_what_was_sent_and_one_is_chosen(shops: Any) -> None:
     shop = shops(socket=True, **NOTHING)

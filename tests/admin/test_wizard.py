@@ -38,7 +38,7 @@ def new(books: Connection) -> Connection:
 def steps(client: Client, connection: Connection) -> dict[str, str]:
     answer = client.get(change(connection, "first_steps"))
     assert answer.status_code == 200
-    return dict(answer.context["step"].steps)
+    return dict(answer.context["step"])
 
 
 def push_all(client: Client, connection: Connection, **more: str) -> Any:
