@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
 from django.db import transaction
-from django.db.models import Q, QuerySet, Subquery
+from django.db.models import Q, QuerySet
 from django.utils.dateparse import parse_datetime
 
 from connectors.exceptions import ConnectionUnusable, ConnectorError, Gone, Rejected, RetryLater
@@ -434,8 +434,7 @@ def _without_our_own(this: Reading, records: list[Record], outcomes: Counter[str
         links = Q(remote_id__in=ids) | Q(pk__in=[intent.link_id for intent, _ in adopted])
         owners = CustomerLink.objects.filter(links, connection=connection).values("customer_id")
         list(Customer.objects.filter(pk__in=owners).order_by("pk").select_for_update().values_list("pk"))
-        for intent, record in adopted:
-            _adopt(this.provider, intent, record, at)
+        left_out |= _adopt(this, adopted, at)
     outcomes["skipped"] += len(left_out)
     return [record for record in records if record.remote_id not in left_out]
 
@@ -455,21 +454,47 @@ def _our_creates(this: Reading, at: datetime) -> None:
     this.ours_until = at - LEASE
 
 
-def _adopt(provider: Provider, intent: PushIntent, record: Record, at: datetime) -> None:
-    """The record is what this create made: link it, unless the answer has come meanwhile."""
-    moved = CustomerLink.objects.filter(pk=intent.link_id, remote_id=None).update(
-        remote_id=record.remote_id,
-        base_local=intent.sent_values,
-        base_remote={name: provider.normalise(name, value) for name, value in intent.sent_values.items()},
-        # As it is now: a merge may have given the link to another customer.
-        pushed_version=Subquery(PushIntent.objects.filter(pk=intent.pk).values("version")),
-        state=LinkState.OPEN,
-        error="",
-        next_attempt_at=at,
-        updated_at=at,
-    )
-    if moved:
-        PushIntent.objects.filter(pk=intent.pk).update(outcome=PushIntent.Outcome.OK, answered_at=at)
+# The columns of a link that taking a record for its own moves.
+ADOPTED = (
+    *("remote_id", "base_local", "base_remote", "pushed_version", "state", "error"),
+    *("next_attempt_at", "hold_until", "updated_at"),
+)
+
+
+def _adopt(this: Reading, adopted: Sequence[tuple[PushIntent, Record]], at: datetime) -> set[str | None]:
+    """Each record is what its create made: link it, unless the answer has come meanwhile.
+
+    Returns the remote ids of the records that are to be left: where a create is sent again as long as its answer is
+    out, a worker may be doing so right now, and what it sends would land on newer content.
+    """
+    offers = this.provider.capabilities(this.connection)
+    locked = CustomerLink.objects.filter(pk__in=[intent.link_id for intent, _ in adopted], remote_id=None)
+    links = {link.pk: link for link in locked.order_by("pk").select_for_update()}
+    intents = PushIntent.objects.in_bulk([intent.pk for intent, _ in adopted])
+    moved: dict[int, CustomerLink] = {}
+    left: set[str | None] = set()
+    for known, record in adopted:
+        link, intent = links.get(known.link_id), intents[known.pk]
+        if link is None:
+            continue
+        if offers.upsert_external_id and intent.outcome == PushIntent.Outcome.OPEN:
+            if link.lease_until is not None and link.lease_until > at:
+                left.add(record.remote_id)
+                this.ours[_key(known.sent_values)].append(known)
+                continue
+            # Its worker died. The call had ended when the lease did.
+            ended = (link.lease_until or at) + timedelta(seconds=offers.max_request_life)
+            link.hold_until = max(link.hold_until or ended, ended)
+        link.remote_id = record.remote_id
+        link.base_local = intent.sent_values
+        link.base_remote = {name: this.provider.normalise(name, value) for name, value in intent.sent_values.items()}
+        link.pushed_version = intent.version  # as it is now: a merge may have given the link to another customer
+        link.state, link.error, link.next_attempt_at, link.updated_at = LinkState.OPEN, "", at, at
+        intent.outcome, intent.answered_at = PushIntent.Outcome.OK, at
+        moved[intent.pk] = link
+    bulk.update(list(moved.values()), ADOPTED)
+    bulk.update([intents[pk] for pk in moved], ("outcome", "answered_at"))
+    return left
 
 
 def _key(values: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ import pytest
 from connectors.exceptions import AlreadyExists, Gone, OutcomeUnknown
 from connectors.models import Connection, Issue, PushIntent
 from connectors.states import LinkState
+from connectors.sync.claim import LEASE
 from connectors.sync.deletes import FEW
 from connectors.sync.push import prepare
 from connectors.sync.settle import settle
@@ -68,6 +69,32 @@ def test_a_create_that_a_pull_found_and_whose_answer_is_lost_then_goes_on(here: 
     system.drain()
     link = system.links.get()
     assert (link.state, link.is_dirty) == (LinkState.OPEN, False)
+    assert system.judge.live()[str(link.uid)][0]["address_city"] == "Delft"
+
+
+def test_a_pull_that_finds_what_an_upsert_made_waits_until_none_is_under_way(here: Hub) -> None:
+    """A repeat of the create that lands after a newer edit would take that back."""
+    [customer] = here.customers([{"name": "Eve", "address_city": "Gouda"}])
+    system = here.system(offers={"upsert_external_id": True, "lists": True, "fetches": True}, **BOTH)
+    system.request()
+    _, [one], _ = prepare(part(system), rows=5)
+    system.provider.create(system.session, system.connection, one.outgoing)
+    system.pull()
+    assert (system.links.get().remote_id, Customer.objects.count()) == (None, 1)
+    here.clock.sleep(LEASE.total_seconds())  # the worker died with a repeat under way
+    system.pull()
+    link = system.links.get()
+    assert (link.remote_id, link.state, Customer.objects.count()) == ("r1", LinkState.OPEN, 1)
+    here.edit({customer.pk: {"address_city": "Delft"}})
+    here.clock.sleep(10)
+    system.push()
+    system.provider.create(system.session, system.connection, one.outgoing)
+    assert system.judge.live()[str(link.uid)][0]["address_city"] == "Gouda"
+    here.clock.sleep(7200)
+    system.drain()
+    system.pull()
+    link.refresh_from_db()
+    assert (link.customer.address_city, link.is_dirty) == ("Delft", False)
     assert system.judge.live()[str(link.uid)][0]["address_city"] == "Delft"
 
 
