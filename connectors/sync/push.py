@@ -7,15 +7,17 @@ have been sent is on disk before the first byte leaves.
 from __future__ import annotations
 
 import logging
+import queue
 import random
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from uuid import UUID
 
+from django.conf import settings
 from django.db import transaction
 
 from connectors.exceptions import (
@@ -41,7 +43,10 @@ logger = logging.getLogger(__name__)
 
 Clock = Callable[[], datetime]
 CLAIM_ROWS = 50
-CONCURRENT_CALLS = 8
+# Answers that come within this many seconds are kept in one transaction, while the threads have more to do.
+GROUPING = 0.02
+# How often to look at leases, and whether the work is to stop, while no answer comes.
+LOOK = 1.0
 # While nothing may be sent: how often to look whether the work is to stop.
 NAP = 0.25
 # A call that may not be made within this many seconds is not waited for.
@@ -188,6 +193,11 @@ class _Calls:
         self.left -= 1
         return True
 
+    def put_back(self, number: int) -> None:
+        """Calls that were taken and not begun."""
+        if self.limited:
+            self.left += number
+
     def there_is_one(self, *, queued: int, wait: bool) -> bool:
         """Whether a call may be made beside those that are queued; with `wait`, when one may be. False when the work is
         to stop before that.
@@ -195,14 +205,14 @@ class _Calls:
         if not self.limited:
             return True
         if self.left <= queued:
-            self._reserve(CONCURRENT_CALLS)
+            self._reserve(settings.PUSH_CONCURRENT_CALLS)
         while self.left <= queued:
             if not wait or self.over:
                 return False
             if self.part.stop() or (self.part.until is not None and self.part.clock() >= self.part.until):
                 return False
             self.part.sleep(min(max(self.wait, 0.01), NAP))
-            self._reserve(CONCURRENT_CALLS)
+            self._reserve(settings.PUSH_CONCURRENT_CALLS)
         return True
 
     def give_back(self) -> None:
@@ -230,6 +240,7 @@ class _Batch:
     """
 
     sendings: list[Sending]
+    begun: bool = False
     error: ConnectorError | None = None
     others: list[Sending] = field(default_factory=list)
     waiting: list[Sending] = field(default_factory=list)
@@ -252,7 +263,8 @@ def send(part: Slice, session: Session, token: str, sendings: Sequence[Sending])
 class _Sender:
     """Sends side by side, keeps each answer as soon as it is known, and claims more while calls are under way.
 
-    Database work stays in the thread that calls `run`; the calls are made in others.
+    Database work stays in the thread that calls `run`; the calls are made in others. Where the calls of the account are
+    not limited, those threads are given more than they can begin, so that they go on while answers are being kept.
     """
 
     def __init__(
@@ -272,8 +284,10 @@ class _Sender:
         self.limit = limit
         self.progress = progress
         self.calls = _Calls(part=part)
+        self.at_once = settings.PUSH_CONCURRENT_CALLS
         self.queue: deque[_Batch] = deque()
-        self.running: dict[Future[None], _Batch] = {}
+        self.running: dict[int, _Batch] = {}
+        self.ended: queue.SimpleQueue[_Batch] = queue.SimpleQueue()
         self.holding: set[int] = set()
         self.renewed = part.clock()
         self.claims = True  # there may be more to claim
@@ -283,18 +297,15 @@ class _Sender:
     def run(self) -> None:
         """Until nothing is left that may be sent now. Raises ConnectionUnusable."""
         try:
-            with ThreadPoolExecutor(max_workers=CONCURRENT_CALLS) as self.pool:
-                while self._goes_on():
-                    self._start()
-                    if self.running:
-                        self._collect()
-                        self.progress(self.part.totals)
-                    else:
-                        self.part.sleep(min(max(self.calls.wait, 0.01), NAP))
-                        self.closed = self.closed or self.calls.over or self._is_late()
+            with ThreadPoolExecutor(max_workers=self.at_once) as self.pool:
+                try:
+                    self._send()
+                finally:
+                    self.closed = True
         finally:
             # Also when the login server gives no token now: what was not sent is not to count as lost.
-            unsent = [one for batch in self.queue for one in batch.held()]
+            unbegun = [batch for batch in self.running.values() if not batch.begun]
+            unsent = [one for batch in (*self.queue, *unbegun) for one in batch.held()]
             for one in unsent:
                 one.answer = NotSent("There was no time left to send it.")
             _keep(self.part, self.token, unsent)
@@ -302,6 +313,16 @@ class _Sender:
         if self.unusable is not None:
             lost_login(connection=self.part.connection, error=self.unusable, at=self.part.clock())
             raise self.unusable
+
+    def _send(self) -> None:
+        while self._goes_on():
+            self._start()
+            if self.running:
+                self._collect()
+                self.progress(self.part.totals)
+            else:
+                self.part.sleep(min(max(self.calls.wait, 0.01), NAP))
+                self.closed = self.closed or self.calls.over or self._is_late()
 
     def take_over(self, sendings: Sequence[Sending], *, first: bool = False) -> None:
         """Queue what is claimed: behind the rest, or before it if somebody waits for it or with `first`."""
@@ -324,10 +345,14 @@ class _Sender:
             self.unusable, self.closed = None, part.stop() or _must_wait(part.connection, part.clock())
         if not self.closed and part.clock() - self.renewed > LEASE / 4:
             self._renew()
-        while not self.closed and self.claims and len(self.queue) < CONCURRENT_CALLS:
+        while not self.closed and self.claims and self._unbegun() < self.at_once:
             if not self._claim_more():
                 break
         return bool(self.running or (self.queue and not self.closed))
+
+    def _unbegun(self) -> int:
+        """How many calls are ready beyond those that the threads have under way."""
+        return len(self.queue) + max(0, len(self.running) - self.at_once)
 
     def _renew(self) -> None:
         """Hold on to what is claimed. What another worker took over while this one stood still is not sent here."""
@@ -367,7 +392,7 @@ class _Sender:
         if (admitted is not None and not idle) or not self.calls.there_is_one(queued=queued, wait=idle):
             return False  # few are let through at a time: these first
         before = part.totals.total()
-        full = max(CLAIM_ROWS, part.capabilities.batch, part.capabilities.update_batch)
+        full = max(CLAIM_ROWS, 2 * self.at_once, part.capabilities.batch, part.capabilities.update_batch)
         bounds = (full, admitted, self.calls.rows(queued=queued), left)
         rows = min(bound for bound in bounds if bound is not None)
         # A merge may have taken a link from this worker whose answer is still out: under the same token that would pass
@@ -383,25 +408,58 @@ class _Sender:
         return self.claims
 
     def _start(self) -> None:
-        # A call may take half a lease: the other half must still be there.
         if self.part.clock() - self.renewed > LEASE / 2:
             self._renew()
-        while self.queue and not self.closed and len(self.running) < CONCURRENT_CALLS:
+        # A call that is taken from a limit is made at once, not when a thread is free.
+        room = self.at_once if self.calls.limited else 2 * self.at_once - 1
+        while self.queue and not self.closed and len(self.running) < room:
             if not self.calls.take(urgent=self.queue[0].urgent):
                 break
             batch = self.queue.popleft()
-            self.running[self.pool.submit(_call, self.part, self.session, batch)] = batch
+            self.running[id(batch)] = batch
+            self.pool.submit(self._make, batch)
+
+    def _make(self, batch: _Batch) -> None:
+        """Make a call, in a thread of its own, unless it is not to begin any more."""
+        try:
+            if self._may_begin(batch):
+                batch.begun = True
+                _call(self.part, self.session, batch)
+                self.closed = self.closed or _stops(batch.error)
+        finally:
+            self.ended.put(batch)
+
+    def _may_begin(self, batch: _Batch) -> bool:
+        # A call may take half a lease: the other half must still be there.
+        leased = self.part.clock() - self.renewed <= LEASE / 2
+        return leased and not self.closed and all(one.link.pk in self.holding for one in batch.sendings)
+
+    def _ended(self) -> list[_Batch]:
+        """Calls that came back: with those of the next moment while the threads have others to go on with."""
+        try:
+            ended = [self.ended.get(timeout=LOOK)]
+        except queue.Empty:
+            return []
+        ahead, until = len(self.running) - self.at_once, time.monotonic() + GROUPING
+        while self.ended.qsize() + 1 < ahead and not self.closed and time.monotonic() < until:
+            time.sleep(GROUPING / 4)
+        while not self.ended.empty():
+            ended.append(self.ended.get())
+        for batch in ended:
+            del self.running[id(batch)]
+        return ended
 
     def _collect(self) -> None:
         """Wait for answers and keep them. The next calls are under way meanwhile."""
-        done, _ = wait(self.running, timeout=1.0, return_when=FIRST_COMPLETED)
-        finished = [self.running.pop(future) for future in done]
+        ended = self._ended()
+        finished = [batch for batch in ended if batch.begun]
+        unbegun = [batch for batch in ended if not batch.begun]
+        self.queue.extendleft(reversed(self._held(unbegun)))
+        self.calls.put_back(len(unbegun))
         answered: list[Sending] = []
         for batch in finished:
             if isinstance(batch.error, ConnectionUnusable):
-                self.unusable, self.closed = batch.error, True
-            elif isinstance(batch.error, RetryLater) and batch.error.retry_after is not None:
-                self.closed = True
+                self.unusable = batch.error
             known, following = _search(self.part, batch)
             answered += known
             self.queue.extendleft(self._held(following))
@@ -414,6 +472,13 @@ class _Sender:
         follow = _keep(self.part, self.token, answered)
         self.holding -= {one.link.pk for one in answered}
         self.take_over(follow, first=True)
+
+
+def _stops(error: ConnectorError | None) -> bool:
+    """Whether an answer says that no other call is to begin."""
+    if isinstance(error, RetryLater):
+        return error.retry_after is not None
+    return isinstance(error, ConnectionUnusable)
 
 
 def _must_wait(connection: Connection, now: datetime) -> bool:
