@@ -18,6 +18,7 @@ from datetime import datetime, timedelta
 from uuid import UUID
 
 from django.conf import settings
+from django.db import connection as database
 from django.db import transaction
 
 from connectors.exceptions import (
@@ -45,6 +46,8 @@ Clock = Callable[[], datetime]
 CLAIM_ROWS = 50
 # Answers that come within this many seconds are kept in one transaction, while the threads have more to do.
 GROUPING = 0.02
+# Whoever has waited for an answer this long lets others have the database connection.
+LONG = 0.1
 # How often to look at leases, and whether the work is to stop, while no answer comes.
 LOOK = 1.0
 # While nothing may be sent: how often to look whether the work is to stop.
@@ -437,7 +440,11 @@ class _Sender:
     def _ended(self) -> list[_Batch]:
         """Calls that came back: with those of the next moment while the threads have others to go on with."""
         try:
-            ended = [self.ended.get(timeout=LOOK)]
+            try:
+                ended = [self.ended.get(timeout=LONG)]
+            except queue.Empty:
+                _lend_connection()
+                ended = [self.ended.get(timeout=LOOK)]
         except queue.Empty:
             return []
         ahead, until = len(self.running) - self.at_once, time.monotonic() + GROUPING
@@ -472,6 +479,12 @@ class _Sender:
         follow = _keep(self.part, self.token, answered)
         self.holding -= {one.link.pk for one in answered}
         self.take_over(follow, first=True)
+
+
+def _lend_connection() -> None:
+    """Give the database connection back to its pool, where there is one; the next query takes one again."""
+    if getattr(database, "pool", None) is not None and not database.in_atomic_block:
+        database.close()
 
 
 def _stops(error: ConnectorError | None) -> bool:
