@@ -395,7 +395,7 @@ class _Sender:
         if (admitted is not None and not idle) or not self.calls.there_is_one(queued=queued, wait=idle):
             return False  # few are let through at a time: these first
         before = part.totals.total()
-        full = max(CLAIM_ROWS, 2 * self.at_once, part.capabilities.batch, part.capabilities.update_batch)
+        full = max(CLAIM_ROWS, self.at_once, part.capabilities.batch, part.capabilities.update_batch)
         bounds = (full, admitted, self.calls.rows(queued=queued), left)
         rows = min(bound for bound in bounds if bound is not None)
         # A merge may have taken a link from this worker whose answer is still out: under the same token that would pass
@@ -439,13 +439,13 @@ class _Sender:
 
     def _ended(self) -> list[_Batch]:
         """Calls that came back: with those of the next moment while the threads have others to go on with."""
-        try:
+        for seconds in (LONG, LOOK):
             try:
-                ended = [self.ended.get(timeout=LONG)]
+                ended = [self.ended.get(timeout=seconds)]
+                break
             except queue.Empty:
                 _lend_connection()
-                ended = [self.ended.get(timeout=LOOK)]
-        except queue.Empty:
+        else:
             return []
         ahead, until = len(self.running) - self.at_once, time.monotonic() + GROUPING
         while self.ended.qsize() + 1 < ahead and not self.closed and time.monotonic() < until:

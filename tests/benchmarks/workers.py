@@ -10,8 +10,6 @@ that the database is locked.
 from __future__ import annotations
 
 import statistics
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -21,7 +19,7 @@ from pathlib import Path
 
 from tests.benchmarks.measuring import Figure, in_turn, options, own_database, ratio, report
 from tests.benchmarks.provider import running
-from tests.benchmarks.push import Bench
+from tests.benchmarks.push import Bench, worker_process
 
 LATENCY = 0.05
 CONNECTIONS = 8
@@ -57,9 +55,14 @@ class Workers:
 
     def rate(self, number: int) -> float:
         """Links per second from the moment when they are due."""
-        with processes(number, self.log), watched(self.waiting):
-            began = time.monotonic()
-            accounts = [self.bench.connection(links=self.links).account for _ in range(CONNECTIONS)]
+        made = [self.bench.connection(links=self.links, state="paused") for _ in range(CONNECTIONS)]
+        accounts = [one.account for one in made]
+        with ExitStack() as stack:
+            log = stack.enter_context(self.log.open("ab"))
+            for _ in range(number):
+                stack.enter_context(worker_process(log=log))
+            stack.enter_context(watched(self.waiting))
+            began = self.bench.begin()
             while not self.bench.have(accounts, self.links):
                 time.sleep(0.05)
             counted = self.bench.provider.counted()
@@ -68,29 +71,6 @@ class Workers:
         self.calls += sum(counted[account]["sent"] for account in accounts)
         self.records += sum(counted[account]["records"] for account in accounts)
         return CONNECTIONS * self.links / took
-
-
-@contextmanager
-def processes(number: int, log: Path) -> Iterator[None]:
-    """So many workers, ready when this begins and ended in good order when it ends."""
-    command = [sys.executable, "-m", "tests.engine.storm", "--threads", "4", "work"]
-    with log.open("ab") as file:
-        started = [
-            subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, stderr=file)
-            for _ in range(number)
-        ]
-    try:
-        for process in started:
-            assert process.stdout is not None
-            process.stdout.readline()
-        yield
-    finally:
-        for process in started:
-            process.terminate()
-        for process in started:
-            process.wait(timeout=60)
-            assert process.stdout is not None
-            process.stdout.close()
 
 
 @contextmanager
