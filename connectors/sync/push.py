@@ -414,7 +414,7 @@ class _Sender:
         if self.part.clock() - self.renewed > LEASE / 2:
             self._renew()
         # A call that is taken from a limit is made at once, not when a thread is free.
-        room = self.at_once if self.calls.limited else 2 * self.at_once - 1
+        room = self.at_once if self.calls.limited else self.at_once + self.at_once // 2
         while self.queue and not self.closed and len(self.running) < room:
             if not self.calls.take(urgent=self.queue[0].urgent):
                 break
