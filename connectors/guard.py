@@ -15,8 +15,8 @@ import ssl
 import threading
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from contextvars import ContextVar
-from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any, NamedTuple
 
 import httpcore2
@@ -28,6 +28,8 @@ from connectors.exceptions import ConnectionUnusable
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 WRITE_PIECE = 16 * 1024
+# Of this process, to all systems together. Idle ones are few: each is probed whenever a request begins or ends.
+MAX_CONNECTIONS, KEPT_CONNECTIONS = 1000, 20
 
 
 def check_url(url: str) -> None:
@@ -151,15 +153,29 @@ def _left(timeout: float | None, too_late: type[Exception]) -> float:
 
 
 class _TimedStream(httpcore2.NetworkStream):
-    """Timeouts per read do not end a drip of single bytes; this holds each to the call's deadline."""
+    """Timeouts per read do not end a drip of single bytes; this holds each to the call's deadline.
+
+    A small request's head waits for its body, so that both leave in one packet.
+    """
 
     def __init__(self, stream: httpcore2.NetworkStream) -> None:
         self._stream = stream
+        self._kept = b""
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        if self._kept:
+            # As the library does it: an answer may be there although not all could be sent.
+            with suppress(httpcore2.WriteError):
+                self._send(timeout)
         return self._stream.read(max_bytes, _left(timeout, httpcore2.ReadTimeout))
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        self._kept += buffer
+        if len(self._kept) >= WRITE_PIECE:
+            self._send(timeout)
+
+    def _send(self, timeout: float | None) -> None:
+        buffer, self._kept = self._kept, b""
         # In pieces, because the stream below restarts the timeout for each send of a long buffer.
         for start in range(0, len(buffer), WRITE_PIECE):
             piece = buffer[start : start + WRITE_PIECE]
@@ -214,6 +230,17 @@ class _GuardedBackend(httpcore2.SyncBackend):
         raise ConnectionUnusable("The address must be a full URL beginning with https://.")
 
 
+class _Client(httpx2.Client):
+    """Sends a request as it is and hands on the answer: nothing is kept between requests, not even cookies."""
+
+    def __init__(self, transport: httpx2.BaseTransport) -> None:
+        super().__init__(transport=transport, trust_env=False)
+        self._only = transport
+
+    def send(self, request: httpx2.Request, **_: Any) -> httpx2.Response:
+        return self._only.handle_request(request)
+
+
 _shared: httpx2.Client | None = None
 _shared_lock = threading.Lock()
 
@@ -254,14 +281,9 @@ def _build_client() -> httpx2.Client:
     # httpx2 has no parameter for the network backend. tests/connectors/test_outbound.py fails without it.
     transport._pool = httpcore2.ConnectionPool(
         ssl_context=context,
-        max_connections=100,
-        max_keepalive_connections=20,
+        max_connections=MAX_CONNECTIONS,
+        max_keepalive_connections=max(KEPT_CONNECTIONS, settings.PUSH_CONCURRENT_CALLS),
         keepalive_expiry=5.0,
         network_backend=_GuardedBackend(),
     )
-    return httpx2.Client(
-        transport=transport,
-        trust_env=False,
-        # The client is shared by all connections: a cookie set for one must not travel with another.
-        cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
-    )
+    return _Client(transport)

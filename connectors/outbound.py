@@ -182,21 +182,22 @@ class Session:
             headers["Content-Type"] = "application/x-www-form-urlencoded"
         if self.request_id:
             headers["Request-Id"] = self.request_id
-        merged = httpx2.Headers(headers)
+        merged = {name.lower(): (name, value) for name, value in headers.items()}
         own = self.headers  # read once: another thread may replace them while this request is under way
         sent = {**own, **extra}
         for name, value in sent.items():
             plain = value.reveal() if isinstance(value, Secret) else value
             if not plain.isascii():  # a key pasted with a typographic dash, say
                 raise ConnectionUnusable(_BAD_HEADER)
-            merged[name] = plain
-        request = client.build_request(
+            merged[name.lower()] = (name, plain)
+        timeout = httpx2.Timeout(self.deadline, connect=min(CONNECT_TIMEOUT, self.deadline))
+        request = httpx2.Request(
             method,
             url,
             params=dict(params) if params else None,
-            headers=merged,
+            headers=list(merged.values()),
             content=content,
-            timeout=httpx2.Timeout(self.deadline, connect=min(CONNECT_TIMEOUT, self.deadline)),
+            extensions={"timeout": timeout.as_dict()},
         )
         response = client.send(request, stream=True, follow_redirects=False)
         self.heard = answered = {name.lower(): value for name, value in response.headers.items()}

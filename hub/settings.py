@@ -178,6 +178,10 @@ API_RATE: float = env.float("API_RATE", default=100.0)
 # An edit waits this long before it is pushed, so that typing does not become ten pushes. "Push now" does not wait.
 PUSH_DEBOUNCE_SECONDS: float = env.float("PUSH_DEBOUNCE_SECONDS", default=2.0)
 
+# How many calls a worker has under way at one connection. More than 8 help where an account allows more than some
+# hundred calls a second, or takes seconds to answer.
+PUSH_CONCURRENT_CALLS: int = env.int("PUSH_CONCURRENT_CALLS", default=8)
+
 # Where Celery's messages go, such as redis://127.0.0.1:6379/0. Empty: work is carried by `manage.py run_worker` alone.
 CELERY_BROKER_URL: str = env.str("CELERY_BROKER_URL", default="")
 

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from uuid import UUID
 
+from django.conf import settings
+from django.db import connection as database
 from django.db import transaction
 
 from connectors.exceptions import (
@@ -41,7 +43,10 @@ logger = logging.getLogger(__name__)
 
 Clock = Callable[[], datetime]
 CLAIM_ROWS = 50
-CONCURRENT_CALLS = 8
+# Whoever has waited for an answer this long lets others have the database connection.
+LONG = 0.1
+# How often to look at leases, and whether the work is to stop, while no answer comes.
+LOOK = 1.0
 # While nothing may be sent: how often to look whether the work is to stop.
 NAP = 0.25
 # A call that may not be made within this many seconds is not waited for.
@@ -195,14 +200,14 @@ class _Calls:
         if not self.limited:
             return True
         if self.left <= queued:
-            self._reserve(CONCURRENT_CALLS)
+            self._reserve(settings.PUSH_CONCURRENT_CALLS)
         while self.left <= queued:
             if not wait or self.over:
                 return False
             if self.part.stop() or (self.part.until is not None and self.part.clock() >= self.part.until):
                 return False
             self.part.sleep(min(max(self.wait, 0.01), NAP))
-            self._reserve(CONCURRENT_CALLS)
+            self._reserve(settings.PUSH_CONCURRENT_CALLS)
         return True
 
     def give_back(self) -> None:
@@ -272,6 +277,7 @@ class _Sender:
         self.limit = limit
         self.progress = progress
         self.calls = _Calls(part=part)
+        self.at_once = settings.PUSH_CONCURRENT_CALLS
         self.queue: deque[_Batch] = deque()
         self.running: dict[Future[None], _Batch] = {}
         self.holding: set[int] = set()
@@ -283,7 +289,7 @@ class _Sender:
     def run(self) -> None:
         """Until nothing is left that may be sent now. Raises ConnectionUnusable."""
         try:
-            with ThreadPoolExecutor(max_workers=CONCURRENT_CALLS) as self.pool:
+            with ThreadPoolExecutor(max_workers=self.at_once) as self.pool:
                 while self._goes_on():
                     self._start()
                     if self.running:
@@ -324,7 +330,7 @@ class _Sender:
             self.unusable, self.closed = None, part.stop() or _must_wait(part.connection, part.clock())
         if not self.closed and part.clock() - self.renewed > LEASE / 4:
             self._renew()
-        while not self.closed and self.claims and len(self.queue) < CONCURRENT_CALLS:
+        while not self.closed and self.claims and len(self.queue) < self.at_once:
             if not self._claim_more():
                 break
         return bool(self.running or (self.queue and not self.closed))
@@ -367,7 +373,7 @@ class _Sender:
         if (admitted is not None and not idle) or not self.calls.there_is_one(queued=queued, wait=idle):
             return False  # few are let through at a time: these first
         before = part.totals.total()
-        full = max(CLAIM_ROWS, part.capabilities.batch, part.capabilities.update_batch)
+        full = max(CLAIM_ROWS, self.at_once, part.capabilities.batch, part.capabilities.update_batch)
         bounds = (full, admitted, self.calls.rows(queued=queued), left)
         rows = min(bound for bound in bounds if bound is not None)
         # A merge may have taken a link from this worker whose answer is still out: under the same token that would pass
@@ -386,7 +392,7 @@ class _Sender:
         # A call may take half a lease: the other half must still be there.
         if self.part.clock() - self.renewed > LEASE / 2:
             self._renew()
-        while self.queue and not self.closed and len(self.running) < CONCURRENT_CALLS:
+        while self.queue and not self.closed and len(self.running) < self.at_once:
             if not self.calls.take(urgent=self.queue[0].urgent):
                 break
             batch = self.queue.popleft()
@@ -394,7 +400,10 @@ class _Sender:
 
     def _collect(self) -> None:
         """Wait for answers and keep them. The next calls are under way meanwhile."""
-        done, _ = wait(self.running, timeout=1.0, return_when=FIRST_COMPLETED)
+        done, _ = wait(self.running, timeout=LONG, return_when=FIRST_COMPLETED)
+        if not done:
+            _lend_connection()
+            done, _ = wait(self.running, timeout=LOOK, return_when=FIRST_COMPLETED)
         finished = [self.running.pop(future) for future in done]
         answered: list[Sending] = []
         for batch in finished:
@@ -414,6 +423,12 @@ class _Sender:
         follow = _keep(self.part, self.token, answered)
         self.holding -= {one.link.pk for one in answered}
         self.take_over(follow, first=True)
+
+
+def _lend_connection() -> None:
+    """Give the database connection back to its pool, where there is one; the next query takes one again."""
+    if getattr(database, "pool", None) is not None and not database.in_atomic_block:
+        database.close()
 
 
 def _must_wait(connection: Connection, now: datetime) -> bool:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tests.benchmarks.measuring import RESULTS, Figure, options, table
 
-HELP = ("__init__", "__main__", "measuring", "people")
+HELP = ("__init__", "__main__", "measuring", "people", "provider")
 NAMES = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in HELP)
 
 

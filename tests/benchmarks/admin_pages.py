@@ -16,14 +16,12 @@ import os
 import re
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.push_rate import _database
+from tests.benchmarks.measuring import own_database
 
 LIST = "/admin/customers/customer/"
 PLAIN = "/admin/customers/plaincustomer/"
@@ -46,7 +44,7 @@ def main() -> None:
             django.setup()
             call_command("migrate", verbosity=0)
         else:
-            _database(Path(stack.enter_context(tempfile.TemporaryDirectory())), stack)
+            own_database(stack)
         _measure(stack, customers=chosen.customers, rounds=chosen.rounds, plain_rounds=chosen.naive_rounds)
 
 

@@ -13,18 +13,16 @@ import argparse
 import os
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 import psycopg
 
-from tests.benchmarks.push_rate import _database
+from tests.benchmarks.measuring import own_database
 
 LIMIT = 100
 COLUMNS = (
@@ -50,7 +48,7 @@ def main() -> None:
     if not os.environ.get("DATABASE_URL", "").startswith("postgres"):
         parser.error("Set DATABASE_URL to a PostgreSQL server.")
     with ExitStack() as stack:
-        _database(Path(stack.enter_context(tempfile.TemporaryDirectory())), stack)
+        own_database(stack)
         _measure(stack, customers=chosen.customers, rounds=chosen.rounds)
 
 

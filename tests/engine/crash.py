@@ -81,6 +81,7 @@ def counted(points: Points) -> Iterator[None]:
 
     from django.db import connection as database
     from django.db.backends.base.base import BaseDatabaseWrapper
+    from django.test import override_settings
 
     from connectors.outbound import Session
 
@@ -110,7 +111,7 @@ def counted(points: Points) -> Iterator[None]:
     with (
         mock.patch.object(BaseDatabaseWrapper, "commit", committing),
         mock.patch.object(Session, "send", sending),
-        mock.patch("connectors.sync.push.CONCURRENT_CALLS", 1),
+        override_settings(PUSH_CONCURRENT_CALLS=1),
         mock.patch("connectors.sync.push.ThreadPoolExecutor", AtOnce),
         mock.patch("connectors.sync.pull.PAGE_ROWS", 2),
         database.execute_wrapper(writing),

@@ -11,13 +11,12 @@ is in real seconds.
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import functools
 import queue
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -37,7 +36,7 @@ def set_up(*, factor: float = 1.0, claim_rows: int | None = None) -> None:
         claim: ("LEASE",),
         limits: ("PROBE", "FIRST_OPEN", "LONGEST_OPEN", "SUCCESS_EVERY"),
         plan: ("SECOND_LOOK",),
-        push: ("LEASE", "NAP"),
+        push: ("LEASE", "NAP", "LOOK", "LONG"),
         settle: ("SECOND_LOOK", "RETRY_BASE", "RETRY_CAP", "POISON_TIME", "POISON_HOURLY"),
         worker: ("IDLE_SECONDS", "REST", "REST_CAP", "CALL_SECONDS", "SLICE"),
     }
@@ -48,11 +47,6 @@ def set_up(*, factor: float = 1.0, claim_rows: int | None = None) -> None:
     outbound.Session.__init__.__kwdefaults__["deadline"] /= factor  # type: ignore[index] # its fields are keyword-only
     if claim_rows is not None:
         push.CLAIM_ROWS = claim_rows
-
-    def wait(running: Iterable[Any], timeout: float, return_when: str) -> Any:
-        return concurrent.futures.wait(running, timeout=timeout / factor, return_when=return_when)
-
-    push.wait = wait  # type: ignore[assignment] # how often a lease is looked at is a number in its only call
 
 
 def work(*, threads: int) -> None:

@@ -23,6 +23,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from django.conf import settings
 from django.db.models import F
 from django.utils import timezone
 
@@ -30,7 +31,6 @@ from connectors import worker as working
 from connectors.guard import close_shared_client
 from connectors.models import Connection, CustomerLink
 from connectors.outbound import Session
-from connectors.sync.push import CONCURRENT_CALLS
 from connectors.worker import Worker
 from customers import editing
 from customers.editing import Actor
@@ -407,7 +407,7 @@ def test_whatever_the_network_does_calls_end_in_time_and_all_comes_right(
             running_worker.join(60)
     left = set(threading.enumerate()) - before
     assert not left, f"threads that nobody ended: {left}"
-    assert most <= len(before) + 1 + THREADS * (1 + CONCURRENT_CALLS)
+    assert most <= len(before) + 1 + THREADS * (1 + settings.PUSH_CONCURRENT_CALLS)
     for case in all_cases:
         case.calls = timed[case.connection.base_url]
         try:

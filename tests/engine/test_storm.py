@@ -37,7 +37,7 @@ from django.db.models import F, Sum
 
 from connectors.models import Connection, CustomerLink, PushIntent
 from connectors.states import PARKED, LinkState
-from connectors.sync.push import CLAIM_ROWS, CONCURRENT_CALLS, push
+from connectors.sync.push import CLAIM_ROWS, push
 from customers import editing
 from customers.editing import Actor
 from customers.models import Customer, Organization
@@ -56,7 +56,7 @@ HUB = "hub under test"  # what the processes call themselves to PostgreSQL
 CALLS_PER_CHANGE = 1.45
 ROWS = CLAIM_ROWS if FULL else 8
 # What a worker may hold at one connection: under way, about to be, and the claim that was made meanwhile.
-HELD = ROWS + 2 * CONCURRENT_CALLS
+HELD = ROWS + 2 * django_settings.PUSH_CONCURRENT_CALLS
 RETRY_AFTER = 3.0
 # An answer has to travel and to be written down before the other workers can know. How many calls that may cost is held
 # by a test of its own further down, which no load of the machine can disturb.
@@ -418,7 +418,7 @@ def wrong(storm: Storm, name: str, figures: Mapping[str, Any], *, senders: int) 
         "clean after": CLEAN_WITHIN * FACTOR,
     }
     if database.vendor == "postgresql":
-        limits |= {"calls once it is known": CONCURRENT_CALLS * senders, "impatient calls": 0}
+        limits |= {"calls once it is known": django_settings.PUSH_CONCURRENT_CALLS * senders, "impatient calls": 0}
     found |= {key: figures[key] for key, most in limits.items() if figures[key] > most}
     if name in SAFE and figures["parked"]:
         found["parked"] = figures["parked for"]
@@ -695,7 +695,7 @@ def test_what_another_worker_was_told_stops_this_one_within_its_calls_under_way(
 
     shop = calm("upsert", number=60, sleep=another_is_told)
     shop.push()
-    assert shop.account.judge().request_count() <= 2 * CONCURRENT_CALLS
+    assert shop.account.judge().request_count() <= 2 * django_settings.PUSH_CONCURRENT_CALLS
     assert shop.push(after=70)["created"] > 0
 
 
@@ -707,7 +707,7 @@ def test_a_worker_that_stood_still_sends_nothing_that_another_took_over(calm: Ca
             return
         asleep.set()
         try:
-            while shop.account.judge().request_count() < CONCURRENT_CALLS:
+            while shop.account.judge().request_count() < django_settings.PUSH_CONCURRENT_CALLS:
                 time.sleep(0.01)
             for _ in range(3):
                 shop.push(after=300)
