@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 from uuid import UUID
 
+from django.db.models import BigAutoField, UUIDField
 from django.urls import re_path
 from drf_spectacular.utils import (
     OpenApiExample,
@@ -56,6 +57,7 @@ from customers import editing
 from customers.editing import StaleVersion
 from customers.ids import parse_public_id
 from customers.models import Customer
+from customers.prepared import Param, Prepared
 
 DOCUMENTED = frozenset({"create", "retrieve", "update", "list"})
 SOURCE_ID = Text(max_length=REMOTE_ID_LENGTH, trim_whitespace=False)
@@ -258,8 +260,8 @@ class Customers(UnifiedCustomers, Resource):
     def upsert(self, request: Request, connection_id: str, source_id: str) -> Response:
         self.read_query(Nothing)
         uid = parse_public_id("con", connection_id)
-        connection = Connection.objects.filter(organization=self.organization, uid=uid).first() if uid else None
-        if connection is None:
+        connections = _CONNECTION(organization=self.key.organization_id, uid=uid) if uid else []
+        if not connections:
             raise NotFound
         try:
             source_id = SOURCE_ID.run_validation(source_id)
@@ -267,7 +269,7 @@ class Customers(UnifiedCustomers, Resource):
             raise serializers.ValidationError({"source_id": error.detail}) from None
         item = Item(
             action=UPSERT,
-            connection=connection,
+            connection=connections[0],
             source_id=source_id,
             values=self.read_body(Values),
             # It may be new: then there is no version to name.
@@ -331,6 +333,12 @@ def _names(header: str, tag: str) -> bool:
     """Whether an If-None-Match names this tag; weak ones are as good (RFC 9110, 13.1.2)."""
     return any(one.strip().removeprefix("W/") in (tag, "*") for one in header.split(","))
 
+
+_CONNECTION = Prepared(
+    lambda: Connection.objects.filter(
+        organization_id=Param("organization", BigAutoField()), uid=Param("uid", UUIDField())
+    ).order_by()
+)
 
 # An id may hold slashes; one at the end is part of the address.
 BY_SOURCE = r"^api/v1/unified/connections/(?P<connection_id>[^/]+)/customers/(?P<source_id>(?s:.+?))/?$"

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any, ClassVar
 
+from django.db import models
 from django.http import HttpRequest, HttpResponse
 from rest_framework import exceptions, serializers, status
 from rest_framework.request import Request
@@ -19,6 +20,7 @@ from connectors.inbound.errors import Fault, fault_of
 from connectors.models import ApiKey, Connection
 from customers.editing import Actor
 from customers.models import CustomerChange, Organization
+from customers.prepared import Param, Prepared
 
 
 class Mirror(ViewSet):
@@ -140,12 +142,19 @@ class Mirror(ViewSet):
 
     def find_connection(self, account: str) -> Connection | None:
         """The connection that an account id in the request names, inside the key's organization and never beyond it."""
-        return Connection.objects.filter(
-            organization=self.organization,
-            provider=self.provider,
-            account=account,
-            direction=Connection.Direction.CALLS_US,
-        ).first()
+        for connection in _CONNECTION(organization=self.key.organization_id, provider=self.provider, account=account):
+            return connection
+        return None
+
+
+_CONNECTION = Prepared(
+    lambda: Connection.objects.filter(
+        organization_id=Param("organization", models.BigAutoField()),
+        provider=Param("provider", models.CharField()),
+        account=Param("account", models.CharField()),
+        direction=Connection.Direction.CALLS_US,
+    ).order_by()
+)
 
 
 @cache

@@ -288,8 +288,8 @@ def _leading(path: str) -> list[Any]:
 
 def with_leading(rows: QuerySet[Customer]) -> QuerySet[Customer, tuple[Any, ...]]:
     """These customers and their leading links as rows that `one` reads."""
-    leading = FilteredRelation("links", condition=Q(links__is_primary=True))
-    return rows.annotate(leading=leading).values_list(*Seen._fields, *_leading("leading__"))
+    chosen = FilteredRelation("links", condition=Q(links__is_primary=True))
+    return rows.annotate(chosen=chosen).values_list(*Seen._fields, *_leading("chosen__"))
 
 
 def one(row: tuple[Any, ...]) -> One:
