@@ -28,8 +28,13 @@ async def main(port: int, clients: int, requests: list[bytes]) -> None:
             began = time.perf_counter()
             writer.write(request)
             head = await reader.readuntil(b"\r\n\r\n")
-            length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0] or 0)
-            await reader.readexactly(length)
+            _, known, rest = head.lower().partition(b"content-length: ")
+            if known:
+                await reader.readexactly(int(rest.partition(b"\r\n")[0]))
+            elif b"chunked" in head:
+                while length := int(await reader.readuntil(b"\r\n"), 16):
+                    await reader.readexactly(length + 2)
+                await reader.readexactly(2)
             times.append(time.perf_counter() - began)
             if (status := head[9:12]) >= b"300":
                 bad[status.decode()] += 1

@@ -30,12 +30,12 @@ from customers.models import Customer, CustomerChange  # noqa: E402
 URL = os.environ["DATABASE_URL"]
 POSTGRESQL = URL.startswith("postgres")
 LOCK = " FOR UPDATE" if POSTGRESQL else ""
-SHOWN = (
-    "name email phone address_line1 address_line2 address_city address_country address_state address_postal_code"
-    " shipping_address_line1 shipping_address_line2 shipping_address_city shipping_address_country"
-    " shipping_address_state shipping_address_postal_code is_active"
-).split()
-LINK = "remote_id remote_data remote_created_at created_at pushed_version needed_version deleted_at".split()
+SHOWN = [
+    *("name", "email", "phone", "is_active"),
+    *(f"address_{part}" for part in ("line1", "line2", "city", "country", "state", "postal_code")),
+    *(f"shipping_address_{part}" for part in ("line1", "line2", "city", "country", "state", "postal_code")),
+]
+LINK = ["remote_id", "remote_data", "remote_created_at", "created_at", "pushed_version", "needed_version", "deleted_at"]
 READ = (
     f"SELECT c.id, c.version, {', '.join(f'c.{name}' for name in SHOWN)}, {', '.join(f'l.{name}' for name in LINK)},"
     " n.provider, n.uid FROM {rows} c LEFT JOIN connectors_customerlink l ON l.customer_id = c.id AND l.is_primary"
@@ -147,12 +147,12 @@ def shown(row: Sequence[Any]) -> dict[str, Any]:
         "external_system_config_id": provider and str(row[-1]),
         "external_system_data": link.get("remote_data"),
         "supporting_data_definition_id": provider and f"{provider}.customer",
-        **{name: value if name in ("name", "email") else value or None for name, value in zip(SHOWN, row[2:], strict=False)},
+        **{name: value or ("" if name == "email" else None) for name, value in zip(SHOWN, row[2:], strict=False)},
         "is_primary": True,
         "local_was_deleted": False,
         "local_was_updated": bool(link) and link["pushed_version"] < link["needed_version"],
         "source_data_created_at": made if isinstance(made, str | None) else f"{made:%Y-%m-%dT%H:%M:%SZ}",
-    }  # fmt: skip
+    }
 
 
 def read(database: Database, organization: int, uid: UUID) -> Any:
