@@ -86,9 +86,8 @@ class Prepared(Generic[T]):
             built = self.kept.built = self._built()
         if built.locks and not connection.in_atomic_block:
             raise TransactionManagementError("select_for_update cannot be used outside of a transaction.")
-        params = [param.value(given) if isinstance(param, Param) else param for param in built.params]
         with connection.cursor() as cursor:
-            cursor.execute(built.sql, params)
+            cursor.execute(built.sql, _values(built.params, given))
             rows = cursor.fetchall()
         return built.read(rows)
 
@@ -121,9 +120,13 @@ class PreparedUpdate:
             self.kept.built = query.get_compiler(connection=connection).as_sql()
         sql, params = self.kept.built
         with connection.cursor() as cursor:
-            cursor.execute(sql, [param.value(given) if isinstance(param, Param) else param for param in params])
+            cursor.execute(sql, _values(params, given))
             changed: int = cursor.rowcount
         return changed
+
+
+def _values(params: Sequence[Any], given: Mapping[str, Any]) -> list[Any]:
+    return [param.value(given) if isinstance(param, Param) else param for param in params]
 
 
 def _tuples(compiler: Any) -> Callable[[Sequence[Any]], list[Any]]:

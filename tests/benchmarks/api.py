@@ -32,9 +32,9 @@ from typing import Any
 from tests.benchmarks.measuring import Figure, in_turn, options, own_database, ratio, report
 
 CLIENTS = 8
-CUSTOMERS = {"smoke": 250, "small": 20_000, "full": 100_000}
+CUSTOMERS = {"smoke": 250, "small": 10_000, "full": 100_000}
 # How many requests of each operation a round sends, as a share of what is written beside the operation.
-SHARE = {"smoke": 0.05, "small": 1.0, "full": 3.0}
+SHARE = {"smoke": 0.02, "small": 0.3, "full": 2.0}
 ROUNDS = {"smoke": 1, "small": 3, "full": 7}
 FASTAPI = "FastAPI + SQLAlchemy"
 TICK = os.sysconf("SC_CLK_TCK")
