@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.measuring import Figure, in_turn, options, own_database, ratio, report
+from tests.benchmarks.measuring import Figure, in_turn, options, own_database, ratio, report, table
 
 CLIENTS = 8
 CUSTOMERS = {"smoke": 250, "small": 10_000, "full": 100_000}
@@ -76,7 +76,9 @@ def main() -> None:
         servers = [_start(stack, name, folder) for name in _names(postgresql)]
         figures = []
         for operation in operations:
-            figures += _measure(folder, operation, servers, secret, share=SHARE[chosen.size], rounds=rounds)
+            measured = _measure(folder, operation, servers, secret, share=SHARE[chosen.size], rounds=rounds)
+            sys.stderr.write(table(measured))
+            figures += measured
         if not postgresql:
             for server in servers:
                 server.process.terminate()

@@ -126,7 +126,13 @@ def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> 
     body = orjson.loads(environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"]))) if method != "GET" else None
     for verb, pattern, view in VIEWS:
         if verb == method and (found := pattern.fullmatch(path)):
-            status, answer = view(database, key, body, environ["QUERY_STRING"], *found.groups())
+            given = (database, key, body, environ["QUERY_STRING"], *found.groups())
+            try:
+                status, answer = view(*given)
+            except (psycopg.IntegrityError, sqlite3.IntegrityError):
+                # Another has just made a customer of this id: now it is known.
+                database.run("ROLLBACK")
+                status, answer = view(*given)
             data = orjson.dumps(answer)
             start_response(status, [("Content-Type", "application/json"), ("Content-Length", str(len(data)))])
             return [data]
