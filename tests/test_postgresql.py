@@ -19,7 +19,8 @@ def test_connections_that_the_server_has_ended_are_replaced() -> None:
         connection.pool.putconn(one)
     with connection.cursor() as cursor:
         cursor.execute(
-            "SELECT pg_terminate_backend(pid) FROM unnest(%s::int[]) AS pid WHERE pid <> pg_backend_pid()", [ended]
+            "SELECT pg_terminate_backend(pid, 5000) FROM unnest(%s::int[]) AS pid WHERE pid <> pg_backend_pid()",
+            [ended],
         )
     connection.close()
     for _ in range(4):

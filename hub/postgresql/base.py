@@ -26,12 +26,13 @@ class DatabaseWrapper(base.DatabaseWrapper):
 
 def stands(connection: Connection[Any]) -> bool:
     """Whether the server has not ended this idle connection."""
+    if connection.closed:
+        return False
     waiting = select.poll()
-    waiting.register(connection.fileno(), select.POLLIN)
-    if not waiting.poll(0):
-        return True
     try:
-        connection.execute("")  # a notice is no farewell
+        waiting.register(connection.fileno(), select.POLLIN)
+        if waiting.poll(0):
+            connection.execute("")  # a notice is no farewell
     except OperationalError:
         return False
     return True
