@@ -23,6 +23,7 @@ from connectors.sealing import seal, unseal
 from connectors.states import PARKED, STATUSES, LinkState, Status
 from customers.ids import public_id, uuid7
 from customers.models import Customer, CustomerChange, Organization
+from customers.prepared import Param, Prepared
 
 REMOTE_ID_LENGTH = 255
 REMOTE_ID = "{remote_id}"
@@ -338,15 +339,23 @@ class ApiKey(models.Model):
         if not secret:
             return None
         wanted = cls.hashed(secret)
-        key = cls.objects.select_related("organization").annotate(asked_at=Now()).filter(hash=wanted).first()
-        if key is None or not hmac.compare_digest(key.hash, wanted):
-            return None
-        return key if key.state(now=now) == cls.State.ACTIVE else None
+        for key in _KEY_BY_HASH(hash=wanted):
+            if hmac.compare_digest(key.hash, wanted) and key.state(now=now) == cls.State.ACTIVE:
+                return key
+        return None
+
+    @classmethod
+    def _by_hash(cls) -> models.QuerySet[ApiKey]:
+        keys = cls.objects.select_related("organization").annotate(asked_at=Now())
+        return keys.filter(hash=Param("hash", models.CharField())).order_by()
 
     def state(self, *, now: datetime) -> State:
         if self.revoked_at:
             return self.State.REVOKED
         return self.State.EXPIRED if self.expires_at and self.expires_at <= now else self.State.ACTIVE
+
+
+_KEY_BY_HASH = Prepared(ApiKey._by_hash)
 
 
 class IdempotencyKey(models.Model):

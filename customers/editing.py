@@ -16,7 +16,7 @@ from typing import Any
 from uuid import UUID
 
 from django.db import models, transaction
-from django.db.models import Q
+from django.db.models import Q, QuerySet
 from django.dispatch import Signal
 from django.utils import timezone
 
@@ -32,6 +32,7 @@ from customers.normalize import (
     name_key,
     phone_key,
 )
+from customers.prepared import Among, Param, Prepared
 
 ADDRESS = ("line1", "line2", "city", "state", "postal_code", "country")
 TEXTS = (
@@ -271,18 +272,29 @@ def lock(*, organization: Organization, ids: Iterable[UUID]) -> dict[UUID, Custo
     Raises UnknownCustomer, also for another organization's id.
     """
     wanted = set(ids)
-    rows = Customer.objects.filter(organization=organization).order_by("id")
-    merged = rows.filter(id__in=wanted, merged_into__isnull=False)
-    # Survivors with them, in one order everywhere, so that two who lock never wait for each other in a circle.
-    all_ids = rows.filter(id__in=wanted).order_by().values("id").union(merged.order_by().values("merged_into_id"))
-    rows = rows.select_for_update()
-    found = {customer.id: customer for customer in rows.filter(id__in=all_ids)}
+    found = {customer.id: customer for customer in _LOCKED_WITH_SURVIVORS(organization=organization.pk, ids=wanted)}
     if missing := wanted - found.keys():
         raise UnknownCustomer(missing)
     # Empty, but where somebody merged while we waited for the lock.
     while late := {c.merged_into_id for c in found.values() if c.merged_into_id} - found.keys():
-        found |= {customer.id: customer for customer in rows.filter(id__in=late)}
+        found |= {customer.id: customer for customer in _LOCKED(organization=organization.pk, ids=late)}
     return {id_: _survivor(found, id_) for id_ in wanted}
+
+
+def _named() -> QuerySet[Customer]:
+    rows = Customer.objects.filter(organization_id=Param("organization", models.BigAutoField()))
+    return rows.filter(Among("id", "ids", models.UUIDField()))
+
+
+def _with_survivors() -> QuerySet[Customer]:
+    merged = _named().filter(merged_into__isnull=False)
+    ids = _named().values("id").union(merged.values("merged_into_id"))
+    return Customer.objects.filter(organization_id=Param("organization", models.BigAutoField()), id__in=ids)
+
+
+# In one order everywhere, so that two who lock never wait for each other in a circle.
+_LOCKED = Prepared(lambda: _named().order_by("id").select_for_update())
+_LOCKED_WITH_SURVIVORS = Prepared(lambda: _with_survivors().order_by("id").select_for_update())
 
 
 def _survivor(found: Mapping[UUID, Customer], id_: UUID) -> Customer:

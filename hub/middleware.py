@@ -7,7 +7,7 @@ from typing import Any
 from django.contrib.auth.middleware import AuthenticationMiddleware
 from django.contrib.messages.middleware import MessageMiddleware
 from django.contrib.sessions.middleware import SessionMiddleware
-from django.http import HttpRequest, HttpResponseBadRequest
+from django.http import HttpRequest, HttpResponse, HttpResponseBadRequest
 from django.http.response import HttpResponseBase
 from django.middleware.common import CommonMiddleware
 from django.middleware.csrf import CsrfViewMiddleware
@@ -32,6 +32,9 @@ class RequestIdMiddleware:
         request.request_id = request_id  # type: ignore[attr-defined] # the attribute that this class adds
         response = self.get_response(request)
         response["Request-Id"] = request_id
+        # With its length an answer goes out in one piece; Django says it in CommonMiddleware, which is for people here.
+        if isinstance(response, HttpResponse) and response.status_code not in (204, 304):
+            response.setdefault("Content-Length", str(len(response.content)))
         return response
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 from uuid import UUID
@@ -30,7 +30,7 @@ from connectors.api import cursors
 from connectors.api.problems import Refusal
 from connectors.api.resource import Resource, Strict
 from connectors.api.runs import AuthorShown
-from connectors.providers.links import WIRE, Shown, leading_links, timestamp
+from connectors.providers.links import WIRE, Shown, one, timestamp, with_leading
 from customers import editing
 from customers.ids import parse_public_id, public_id
 from customers.models import Customer, CustomerChange, Organization
@@ -209,17 +209,17 @@ class Changes(Resource):
         data = [shown(change) for change in found]
         if query.get("expand"):
             customers = self._customers({change.customer_id for change in found})
-            data = [{**one, "customer": customers[change.customer_id]} for one, change in zip(data, found, strict=True)]
+            data = [
+                {**entry, "customer": customers[change.customer_id]} for entry, change in zip(data, found, strict=True)
+            ]
         return Response({"data": data, "next_cursor": place.write(self.organization), "has_more": more})
 
     def _customers(self, ids: Iterable[UUID]) -> dict[UUID, dict[str, Any] | None]:
         """The customers as Links shows them; None for one that is part of another."""
         origin = f"{self.request.scheme}://{self.request.get_host()}"
-        rows = Customer.objects.filter(organization=self.organization, pk__in=[*ids]).prefetch_related(leading_links())
+        rows = Customer.objects.filter(organization=self.organization, pk__in=[*ids])
         found: dict[UUID, dict[str, Any] | None] = {}
-        for customer in rows:
-            leading: Sequence[Any] = getattr(customer, "leading_links", ())
-            link = leading[0] if leading else None
+        for customer, link in map(one, with_leading(rows)):
             found[customer.pk] = None if customer.merged_into_id else WIRE.show(customer, link, origin=origin)
         return found
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 from uuid import UUID
 
-from django.db.models import prefetch_related_objects
+from django.db.models import BigAutoField, UUIDField
 from django.urls import re_path
 from drf_spectacular.utils import (
     OpenApiExample,
@@ -42,10 +42,13 @@ from connectors.providers.links import (
     ONE,
     REFUSED,
     UNKNOWN,
+    One,
     Shown,
     ShownPage,
     UnifiedCustomers,
-    leading_links,
+    leading_link,
+    one,
+    with_leading,
 )
 from connectors.providers.links import Refusal as LinksError
 from connectors.sync.clock import database_clock
@@ -54,6 +57,7 @@ from customers import editing
 from customers.editing import StaleVersion
 from customers.ids import parse_public_id
 from customers.models import Customer
+from customers.prepared import Param, Prepared
 
 DOCUMENTED = frozenset({"create", "retrieve", "update", "list"})
 SOURCE_ID = Text(max_length=REMOTE_ID_LENGTH, trim_whitespace=False)
@@ -157,39 +161,39 @@ class Customers(UnifiedCustomers, Resource):
 
     # What Links documents
 
-    def answer(self, customer: Customer, *, status: int = 200) -> Response:
-        tag = problems.etag(customer.version)
+    def answer(self, found: One, *, status: int = 200) -> Response:
+        tag = problems.etag(found[0].version)
         expand = self.action == "retrieve" and read_query(Expanding, self.request).get("expand")
         if self.action == "retrieve" and not expand and _names(self.request.headers.get("If-None-Match", ""), tag):
             return Response(status=304, headers={"ETag": tag})
-        response = super().answer(customer, status=status)
+        response = super().answer(found, status=status)
         response["ETag"] = tag
         return response
 
-    def shown_all(self, customers: Sequence[Customer]) -> list[dict[str, Any]]:
+    def shown_all(self, customers: Sequence[One]) -> list[dict[str, Any]]:
         """These customers as documented; where a read asks for it, with what every system knows of them."""
         shown = super().shown_all(customers)
         if self.action in ("retrieve", "list") and self.request.query_params.get("expand") == "links":
-            links = shown_links([customer.pk for customer in customers], now=database_clock())
-            for one, customer in zip(shown, customers, strict=True):
-                one["links"] = links[customer.pk]
+            links = shown_links([customer.pk for customer, _ in customers], now=database_clock())
+            for document, (customer, _) in zip(shown, customers, strict=True):
+                document["links"] = links[customer.pk]
         return shown
 
-    def change(self, customer: Customer, values: Mapping[str, Any]) -> None:
+    def change(self, uid: UUID, values: Mapping[str, Any]) -> None:
         expected = self.expected_version()
         if expected is None:
-            super().change(customer, values)
+            super().change(uid, values)
             return
 
         def change() -> None:
-            locked = editing.lock(organization=self.organization, ids=[customer.pk])
-            check_version(locked[customer.pk], expected)
-            super(Customers, self).change(customer, values)
+            locked = editing.lock(organization=self.organization, ids=[uid])
+            check_version(locked[uid], expected)
+            super(Customers, self).change(uid, values)
 
         start_over(change)
 
     def listed(self, query: Mapping[str, Any]) -> Response:
-        rows = select(self.customers().defer("custom_fields"), query, organization=self.organization)
+        rows = select(self.customers(), query, organization=self.organization)
         if query.get("cursor") is None:
             return self.page(rows, page=query["page"], limit=query["limit"])
         if "page" in self.request.query_params:
@@ -198,7 +202,7 @@ class Customers(UnifiedCustomers, Resource):
         if query["cursor"]:
             rows = rows.filter(pk__gt=read_cursor(query["cursor"], given, organization=self.organization))
         limit = query["limit"]
-        found = list(rows.order_by("id")[: limit + 1])
+        found = [one(row) for row in with_leading(rows.order_by("id"))[: limit + 1]]
         more, found = len(found) > limit, found[:limit]
         return Response(
             {
@@ -207,7 +211,7 @@ class Customers(UnifiedCustomers, Resource):
                 "limit": limit,
                 "totalPages": None,
                 "totalResults": None,
-                "next_cursor": write_cursor(found[-1].pk, given, organization=self.organization) if more else None,
+                "next_cursor": write_cursor(found[-1][0].pk, given, organization=self.organization) if more else None,
             }
         )
 
@@ -256,8 +260,8 @@ class Customers(UnifiedCustomers, Resource):
     def upsert(self, request: Request, connection_id: str, source_id: str) -> Response:
         self.read_query(Nothing)
         uid = parse_public_id("con", connection_id)
-        connection = Connection.objects.filter(organization=self.organization, uid=uid).first() if uid else None
-        if connection is None:
+        connections = _CONNECTION(organization=self.key.organization_id, uid=uid) if uid else []
+        if not connections:
             raise NotFound
         try:
             source_id = SOURCE_ID.run_validation(source_id)
@@ -265,7 +269,7 @@ class Customers(UnifiedCustomers, Resource):
             raise serializers.ValidationError({"source_id": error.detail}) from None
         item = Item(
             action=UPSERT,
-            connection=connection,
+            connection=connections[0],
             source_id=source_id,
             values=self.read_body(Values),
             # It may be new: then there is no version to name.
@@ -297,13 +301,11 @@ class Customers(UnifiedCustomers, Resource):
     def restore(self, request: Request, unified_customer_id: str) -> Response:
         self.read_body(Nothing)
         customer = self.set_archived(unified_customer_id, False)
-        prefetch_related_objects([customer], leading_links())
-        return self.answer(customer)
+        return self.answer((customer, leading_link(customer)))
 
     def written(self, item: Item) -> Response:
         customer, created = write_one(organization=self.organization, item=item, actor=self.actor)
-        prefetch_related_objects([customer], leading_links())
-        return self.answer(customer, status=201 if created else 200)
+        return self.answer((customer, leading_link(customer)), status=201 if created else 200)
 
     def set_archived(self, unified_customer_id: str, archived: bool) -> Customer:
         self.read_query(Nothing)
@@ -331,6 +333,12 @@ def _names(header: str, tag: str) -> bool:
     """Whether an If-None-Match names this tag; weak ones are as good (RFC 9110, 13.1.2)."""
     return any(one.strip().removeprefix("W/") in (tag, "*") for one in header.split(","))
 
+
+_CONNECTION = Prepared(
+    lambda: Connection.objects.filter(
+        organization_id=Param("organization", BigAutoField()), uid=Param("uid", UUIDField())
+    ).order_by()
+)
 
 # An id may hold slashes; one at the end is part of the address.
 BY_SOURCE = r"^api/v1/unified/connections/(?P<connection_id>[^/]+)/customers/(?P<source_id>(?s:.+?))/?$"

@@ -15,7 +15,7 @@ from rest_framework.response import Response
 from connectors.api import problems
 from connectors.api.problems import Refusal
 from connectors.inbound.errors import fault_of
-from connectors.inbound.mirror import Mirror
+from connectors.inbound.mirror import Mirror, reader
 from customers.editing import StaleVersion
 from customers.ids import parse_public_id
 
@@ -71,7 +71,7 @@ class Resource(Mirror):
         data = self.request.data
         if not isinstance(data, dict):
             raise exceptions.ParseError("Send a JSON object.")
-        values: dict[str, Any] = serializer().run_validation(data)
+        values: dict[str, Any] = reader(serializer).run_validation(data)
         return values
 
     def read_query(self, serializer: type[Strict]) -> dict[str, Any]:
@@ -79,7 +79,7 @@ class Resource(Mirror):
         query = self.request.query_params
         if twice := [name for name in query if len(query.getlist(name)) > 1]:
             raise serializers.ValidationError({name: ["Give it once."] for name in twice})
-        values: dict[str, Any] = serializer().run_validation(query.dict())
+        values: dict[str, Any] = reader(serializer).run_validation(query.dict())
         return values
 
     def expected_version(self, *, required: bool = True) -> int | None:

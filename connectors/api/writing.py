@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 from uuid import UUID
 
-from django.db import IntegrityError
+from django.db import IntegrityError, models
 from rest_framework import serializers
 from rest_framework.exceptions import NotFound
 
@@ -22,6 +22,7 @@ from connectors.sync.receive import CREATED, UNCHANGED, receive
 from customers import editing
 from customers.editing import FLAGS, LENGTHS, TEXTS, Actor, StaleVersion, UnknownCustomer
 from customers.models import Customer, CustomerChange, Organization
+from customers.prepared import Among, Prepared
 
 CREATE, UPDATE, UPSERT = "create", "update", "upsert"
 FAILED = "failed"
@@ -131,7 +132,7 @@ def _write(organization: Organization, items: Sequence[Item | Refusal], actor: A
     if whole and outcomes:
         outcomes |= {position: Outcome(status=UNCHANGED, customer=plan.before) for position, plan in plans.items()}
     else:
-        done = _carry_out(organization, plans, actor)
+        done = _carry_out(organization, plans, actor, locked)
         now = {outcome.customer.pk: outcome.customer for outcome in done.values() if outcome.customer}
         for position, outcome in outcomes.items():
             if outcome.customer and outcome.customer.pk in now:  # another item has written it
@@ -145,9 +146,15 @@ def _owners(items: Iterable[Item]) -> dict[tuple[int, str], CustomerLink]:
     named = {(item.connection.pk, item.source_id) for item in items if item.connection and item.source_id is not None}
     if not named:
         return {}
-    rows = CustomerLink.objects.filter(connection__in={pk for pk, _ in named}, remote_id__in={id_ for _, id_ in named})
-    links = rows.only("connection_id", "remote_id", "customer_id", "deleted_at")
+    links = _OWNERS(connections={pk for pk, _ in named}, ids={id_ for _, id_ in named})
     return {(link.connection_id, str(link.remote_id)): link for link in links}
+
+
+_OWNERS = Prepared(
+    lambda: CustomerLink.objects.filter(
+        Among("connection_id", "connections", models.BigAutoField()), Among("remote_id", "ids", models.CharField())
+    ).only("connection_id", "remote_id", "customer_id", "deleted_at")
+)
 
 
 def _meant(item: Item, owners: Mapping[tuple[int, str], CustomerLink]) -> UUID | None:
@@ -200,7 +207,9 @@ def _plan(item: Item, before: Customer | None, seen: dict[object, int], position
     return _Plan(item=item, values=values, before=before)
 
 
-def _carry_out(organization: Organization, plans: Mapping[int, _Plan], actor: Actor) -> dict[int, Outcome]:
+def _carry_out(
+    organization: Organization, plans: Mapping[int, _Plan], actor: Actor, locked: Mapping[UUID, Customer]
+) -> dict[int, Outcome]:
     batches: dict[Connection | None, dict[int, Record]] = {}
     for position, plan in plans.items():
         item, before = plan.item, plan.before
@@ -218,6 +227,7 @@ def _carry_out(organization: Organization, plans: Mapping[int, _Plan], actor: Ac
             connection=connection,
             records=list(records.values()),
             actor=_source(connection, actor) if connection is not None and connection.pushes else actor,
+            locked=locked,
         )
         for position, received in zip(records, results, strict=True):
             before = plans[position].before

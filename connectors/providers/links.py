@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, ClassVar
+from functools import cache
+from typing import Any, ClassVar, NamedTuple
 from urllib.parse import quote
 from uuid import UUID
 
-from django.db.models import Prefetch, QuerySet, prefetch_related_objects
+from django.db.models import BigAutoField, FilteredRelation, Q, QuerySet, TextField, UUIDField
+from django.db.models.functions import Cast
 from django.templatetags.static import static
-from django.urls import re_path
+from django.urls import get_script_prefix, re_path
 from drf_spectacular.utils import (
     OpenApiExample,
     OpenApiParameter,
@@ -23,6 +25,7 @@ from drf_spectacular.utils import (
     extend_schema,
     extend_schema_serializer,
 )
+from orjson import Fragment
 from rest_framework import serializers
 from rest_framework.exceptions import NotFound
 from rest_framework.request import Request
@@ -37,9 +40,10 @@ from connectors.outbound import Session
 from connectors.provider import ALWAYS, Capabilities, Outgoing, Page, Provider, Record
 from connectors.sealing import Secret
 from connectors.sync.receive import receive
-from customers.ids import parse_public_id
+from customers.ids import parse_public_id, public_id
 from customers.models import Customer
 from customers.normalize import is_email
+from customers.prepared import Param, Prepared
 
 ADDRESSES = tuple(
     f"{kind}address_{part}"
@@ -77,30 +81,38 @@ class Wire(serializers.Serializer[Any]):
         values: dict[str, Any] = self.run_validation(document)
         return values
 
-    def show(self, customer: Customer, link: CustomerLink | None, *, origin: str) -> dict[str, Any]:
+    def show(self, customer: Customer | Seen, link: Leading | None, *, origin: str) -> dict[str, Any]:
         """Customer and leading link -> the 28 documented keys. `origin` is scheme and host for the logo's address."""
         # A tombstone is no source any more, and it confirms that the record is gone there, too.
         gone = link is not None and link.deleted_at is not None
         link = None if gone else link
-        connection = link.connection if link else None
         return {
             "id": customer.public_id,
-            "source_system": connection.provider if connection else None,
-            "source_system_img_url": (
-                f"{origin}{static(f'connectors/{connection.provider}.svg')}" if connection else None
-            ),
+            "source_system": link.provider if link else None,
+            "source_system_img_url": f"{origin}{logo(link.provider, get_script_prefix())}" if link else None,
             "source_id": link.remote_id if link else None,
-            "external_system_provider_id": connection.provider if connection else None,
-            "external_system_config_id": connection.public_id if connection else None,
+            "external_system_provider_id": link.provider if link else None,
+            "external_system_config_id": public_id("con", link.connection_uid) if link else None,
             "external_system_data": link.remote_data if link else None,
-            "supporting_data_definition_id": f"{connection.provider}.customer" if connection else None,
+            "supporting_data_definition_id": f"{link.provider}.customer" if link else None,
             "email": customer.email,
             "name": customer.name,
-            **{name: getattr(customer, name) or None for name in ADDRESSES},
+            "address_line1": customer.address_line1 or None,
+            "address_line2": customer.address_line2 or None,
+            "address_city": customer.address_city or None,
+            "address_country": customer.address_country or None,
+            "address_state": customer.address_state or None,
+            "address_postal_code": customer.address_postal_code or None,
+            "shipping_address_line1": customer.shipping_address_line1 or None,
+            "shipping_address_line2": customer.shipping_address_line2 or None,
+            "shipping_address_city": customer.shipping_address_city or None,
+            "shipping_address_country": customer.shipping_address_country or None,
+            "shipping_address_state": customer.shipping_address_state or None,
+            "shipping_address_postal_code": customer.shipping_address_postal_code or None,
             "phone": customer.phone or None,
             "is_primary": True,
             "local_was_deleted": customer.archived_at is not None and not gone,
-            "local_was_updated": link.is_dirty if link else False,
+            "local_was_updated": link.pushed_version < link.needed_version if link else False,
             "source_data_created_at": timestamp(link.remote_created_at or link.created_at) if link else None,
             "is_active": customer.is_active,
         }
@@ -221,24 +233,93 @@ CUSTOMER_ID = OpenApiParameter(
 )
 
 
-# What is read of a leading link: its documents and its connection's columns are many.
-SHOWN = (
-    "customer_id",
-    "remote_id",
-    "remote_data",
-    "remote_created_at",
-    "pushed_version",
-    "needed_version",
-    "deleted_at",
-    "created_at",
-    "connection__provider",
-    "connection__uid",
+class Seen(NamedTuple):
+    """What is shown of a customer, under the names that it has there."""
+
+    pk: UUID
+    name: str
+    email: str
+    phone: str
+    address_line1: str
+    address_line2: str
+    address_city: str
+    address_country: str
+    address_state: str
+    address_postal_code: str
+    shipping_address_line1: str
+    shipping_address_line2: str
+    shipping_address_city: str
+    shipping_address_country: str
+    shipping_address_state: str
+    shipping_address_postal_code: str
+    is_active: bool
+    archived_at: datetime | None
+    version: int
+    merged_into_id: UUID | None
+
+    @property
+    def public_id(self) -> str:
+        return public_id("cust", self.pk)
+
+
+class Leading(NamedTuple):
+    """What is shown of the link that stands for a customer, and of its connection."""
+
+    provider: str
+    connection_uid: UUID
+    remote_id: str | None
+    remote_data: Mapping[str, Any] | Fragment
+    remote_created_at: datetime | None
+    created_at: datetime
+    pushed_version: int
+    needed_version: int
+    deleted_at: datetime | None
+
+
+One = tuple[Customer | Seen, Leading | None]
+
+
+def _leading(path: str) -> list[Any]:
+    """The columns of Leading; the document as the text that it is kept as, because it is only handed on."""
+    own = [f"{path}{name}" for name in Leading._fields[4:]]
+    document = Cast(f"{path}remote_data", TextField())
+    return [f"{path}connection__provider", f"{path}connection__uid", f"{path}remote_id", document, *own]
+
+
+def with_leading(rows: QuerySet[Customer]) -> QuerySet[Customer, tuple[Any, ...]]:
+    """These customers and their leading links as rows that `one` reads."""
+    chosen = FilteredRelation("links", condition=Q(links__is_primary=True))
+    return rows.annotate(chosen=chosen).values_list(*Seen._fields, *_leading("chosen__"))
+
+
+def one(row: tuple[Any, ...]) -> One:
+    return Seen._make(row[: len(Seen._fields)]), _read(row[len(Seen._fields) :])
+
+
+def _read(columns: tuple[Any, ...]) -> Leading | None:
+    provider, uid, remote_id, document, *others = columns
+    return None if provider is None else Leading(provider, uid, remote_id, Fragment(document), *others)
+
+
+_OF = Param("organization", BigAutoField())
+_FIND = Prepared(lambda: with_leading(Customer.objects.filter(organization_id=_OF, pk=Param("id", UUIDField()))))
+_LEADING = Prepared(
+    lambda: CustomerLink.objects.filter(customer_id=Param("id", UUIDField()), is_primary=True).values_list(
+        *_leading("")
+    )
 )
 
 
-def leading_links() -> Prefetch[Any]:
-    links = CustomerLink.objects.filter(is_primary=True).select_related("connection").only(*SHOWN)
-    return Prefetch("links", queryset=links, to_attr="leading_links")
+def leading_link(customer: Customer) -> Leading | None:
+    for columns in _LEADING(id=customer.pk):
+        return _read(columns)
+    return None
+
+
+@cache
+def logo(provider: str, prefix: str) -> str:
+    """The address of a provider's picture on this host; `prefix` is where the hub is mounted."""
+    return static(f"connectors/{provider}.svg")
 
 
 class ListQuery(serializers.Serializer[Any]):
@@ -257,26 +338,25 @@ class UnifiedCustomers(Mirror):
         return {"message": fault.message, "errors": errors}
 
     def customers(self) -> QuerySet[Customer]:
-        return Customer.objects.filter(organization=self.organization).prefetch_related(leading_links())
+        return Customer.objects.filter(organization=self.organization)
 
-    def shown(self, customer: Customer) -> dict[str, Any]:
-        leading = getattr(customer, "leading_links", [])
+    def shown_all(self, customers: Sequence[One]) -> list[dict[str, Any]]:
+        """These customers as documented."""
         origin = f"{self.request.scheme}://{self.request.get_host()}"
-        return WIRE.show(customer, leading[0] if leading else None, origin=origin)
+        return [WIRE.show(customer, link, origin=origin) for customer, link in customers]
 
-    def shown_all(self, customers: Sequence[Customer]) -> list[dict[str, Any]]:
-        """These customers as documented. Their leading links are loaded."""
-        return [self.shown(customer) for customer in customers]
-
-    def find(self, unified_customer_id: str) -> Customer:
+    def find(self, unified_customer_id: str) -> One:
         """The customer with this id, or the survivor that it was merged into."""
         uid = parse_public_id("cust", unified_customer_id)
-        customer = self.customers().filter(pk=uid).first() if uid else None
-        if customer is not None and customer.merged_into_id:
-            customer = self.customers().filter(pk=customer.merged_into_id).first()
-        if customer is None:
-            raise NotFound
-        return customer
+        while uid is not None:
+            found = _FIND(organization=self.key.organization_id, id=uid)
+            if not found:
+                break
+            customer, link = one(found[0])
+            if customer.merged_into_id is None:
+                return customer, link
+            uid = customer.merged_into_id
+        raise NotFound
 
     @extend_schema(
         operation_id="createUnifiedCustomer",
@@ -294,8 +374,7 @@ class UnifiedCustomers(Mirror):
             actor=self.actor,
         )
         # Systems that new customers are sent to at once have their links by now.
-        prefetch_related_objects([received.customer], leading_links())
-        return self.answer(received.customer, status=201)
+        return self.answer((received.customer, leading_link(received.customer)), status=201)
 
     @extend_schema(
         operation_id="updateUnifiedCustomer",
@@ -307,8 +386,8 @@ class UnifiedCustomers(Mirror):
         examples=[GIVEN_EXAMPLE],
     )
     def update(self, request: Request, unified_customer_id: str) -> Response:
-        customer = self.find(unified_customer_id)
-        self.change(customer, WIRE.read(request.data))
+        customer, _ = self.find(unified_customer_id)
+        self.change(customer.pk, WIRE.read(request.data))
         return self.answer(self.find(unified_customer_id))
 
     @extend_schema(
@@ -343,11 +422,11 @@ class UnifiedCustomers(Mirror):
     def list(self, request: Request) -> Response:
         return self.listed(read_query(self.list_query, request))
 
-    def change(self, customer: Customer, values: Mapping[str, Any]) -> None:
+    def change(self, uid: UUID, values: Mapping[str, Any]) -> None:
         receive(
             organization=self.organization,
             connection=None,
-            records=[Record(values=values, customer_id=customer.pk)],
+            records=[Record(values=values, customer_id=uid)],
             actor=self.actor,
         )
 
@@ -356,18 +435,18 @@ class UnifiedCustomers(Mirror):
         rows = self.customers().filter(archived_at=None, merged_into=None)
         return self.page(rows, page=query["page"], limit=query["limit"])
 
-    def answer(self, customer: Customer, *, status: int = 200) -> Response:
-        """The documented answer that shows one customer. Its leading link is loaded."""
-        return Response({"data": self.shown_all([customer])[0]}, status=status)
+    def answer(self, found: One, *, status: int = 200) -> Response:
+        """The documented answer that shows one customer."""
+        return Response({"data": self.shown_all([found])[0]}, status=status)
 
     def page(self, rows: QuerySet[Customer], *, page: int, limit: int) -> Response:
         """The documented answer that shows a page of these."""
         total = rows.count()
         first = (page - 1) * limit
-        shown = self.shown_all(list(rows.order_by("id")[first : first + limit])) if first < total else []
+        found = with_leading(rows.order_by("id"))[first : first + limit] if first < total else ()
         return Response(
             {
-                "data": shown,
+                "data": self.shown_all([one(row) for row in found]),
                 "page": page,
                 "limit": limit,
                 "totalPages": -(-total // limit),

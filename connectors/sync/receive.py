@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
-from django.db import IntegrityError
+from django.db import IntegrityError, models
 from django.db.models import Q
 
 from connectors.models import Conflict, Connection, CustomerLink, PushIntent
@@ -24,6 +24,7 @@ from customers import bulk, editing
 from customers.editing import Actor, UnknownCustomer
 from customers.ids import uuid7
 from customers.models import Customer, Organization
+from customers.prepared import Among, Param, Prepared
 
 CREATED, UPDATED, UNCHANGED = "created", "updated", "unchanged"
 # So long a list may go on showing what has been deleted.
@@ -57,6 +58,7 @@ def receive(
     normalise: Callable[[str, Any], Any] = lambda name, value: value,
     takes: bool = True,
     at: datetime | None = None,
+    locked: Mapping[UUID, Customer] | None = None,
 ) -> list[Received]:
     """Take records in, all or none, and answer for each in order. The number of statements is constant.
 
@@ -67,10 +69,14 @@ def receive(
     made here is not lost; `fetched` is when reading began, `normalise` tells how the system stores a value, and without
     `takes` the customers stay as they are. Without `fields` the caller is the author and what it names is set.
 
+    `locked` hands over customers that the caller has locked in the `start_over` that this call is part of, by the ids
+    that were asked for.
     Raises UnknownCustomer for an id that is not this organization's, InvalidCustomer for values no customer may have.
     """
     at = at or database_clock()
-    return start_over(lambda: _receive(organization, connection, records, actor, fields, fetched, normalise, takes, at))
+    return start_over(
+        lambda: _receive(organization, connection, records, actor, fields, fetched, normalise, takes, at, locked or {})
+    )
 
 
 def _receive(
@@ -83,15 +89,18 @@ def _receive(
     normalise: Callable[[str, Any], Any],
     takes: bool,
     at: datetime,
+    locked: Mapping[UUID, Customer],
 ) -> list[Received]:
     links = _links(organization, connection, records)
     wanted = {link.customer_id for link in links.values()}
     wanted |= {record.customer_id for record in records if record.customer_id}
-    customers = editing.lock(organization=organization, ids=wanted) if wanted else {}
+    customers = {id_: locked[id_] for id_ in wanted} if wanted <= locked.keys() else {}
+    if wanted and not customers:
+        customers = editing.lock(organization=organization, ids=wanted)
     if links:
         # Read again now that the customers are locked: a push may have answered in between.
         ids = {link.pk for link in links.values()}
-        fresh = {link.pk: link for link in CustomerLink.objects.filter(pk__in=ids).order_by("pk").select_for_update()}
+        fresh = {link.pk: link for link in _LOCKED_LINKS(ids=ids)}
         links = {key: fresh[link.pk] for key, link in links.items()}
         if any(link.customer_id not in customers for link in links.values()):
             raise IntegrityError("a link moved to another customer while it was read")
@@ -327,17 +336,26 @@ def _links(
     """The links that the records name, by record key."""
     if connection is None:
         return {}
-    rows = CustomerLink.objects.filter(connection=connection)
     remote_ids = {record.remote_id for record in records if record.remote_id is not None}
     link_ids = {record.link_id for record in records if record.link_id}
     links: dict[Any, CustomerLink] = {}
     if remote_ids:
-        links |= {("remote", link.remote_id): link for link in rows.filter(remote_id__in=remote_ids)}
+        links |= {("remote", link.remote_id): link for link in _BY_REMOTE_ID(at=connection.pk, ids=remote_ids)}
     if link_ids:
-        links |= {("link", link.pk): link for link in rows.filter(pk__in=link_ids)}
+        links |= {("link", link.pk): link for link in _BY_KEY(at=connection.pk, ids=link_ids)}
         if any(("link", link_id) not in links for link_id in link_ids):
             raise UnknownCustomer([])
     return links
+
+
+_AT = Param("at", models.BigAutoField())
+_BY_REMOTE_ID = Prepared(
+    lambda: CustomerLink.objects.filter(Among("remote_id", "ids", models.CharField()), connection_id=_AT)
+)
+_BY_KEY = Prepared(lambda: CustomerLink.objects.filter(Among("id", "ids", models.BigAutoField()), connection_id=_AT))
+_LOCKED_LINKS = Prepared(
+    lambda: CustomerLink.objects.filter(Among("id", "ids", models.BigAutoField())).order_by("pk").select_for_update()
+)
 
 
 def _json(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -52,9 +52,9 @@ def count(api: Client, api_key: str, connect: Callable[..., Connection]) -> Call
     ("method", "path", "body", "most"),
     [
         ("POST", "/api/v1/unified/customer", LINKS, 7),
-        ("PUT", "/api/v1/unified/customer/{customer}", LINKS, 11),
-        ("GET", "/api/v1/unified/customer/{customer}", None, 3),
-        ("GET", "/api/v1/unified/customers", None, 4),
+        ("PUT", "/api/v1/unified/customer/{customer}", LINKS, 9),
+        ("GET", "/api/v1/unified/customer/{customer}", None, 2),
+        ("GET", "/api/v1/unified/customers", None, 3),
         ("POST", "/api/v1/customers", COMMENDA, 12),
         ("GET", "/api/v1/customers?corporation_id=corp_123", None, 5),
         ("GET", "/api/v1/customers/{link}", None, 2),
