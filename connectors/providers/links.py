@@ -32,6 +32,7 @@ from connectors.exceptions import ConnectionUnusable, Gone, OutcomeUnknown, Reje
 from connectors.inbound.errors import Fault, dotted
 from connectors.inbound.fields import Text, well_formed
 from connectors.inbound.mirror import Mirror, read_query
+from connectors.inbound.totals import total_of
 from connectors.models import Connection, CustomerLink
 from connectors.outbound import Session
 from connectors.provider import ALWAYS, Capabilities, Outgoing, Page, Provider, Record
@@ -362,9 +363,14 @@ class UnifiedCustomers(Mirror):
 
     def page(self, rows: QuerySet[Customer], *, page: int, limit: int) -> Response:
         """The documented answer that shows a page of these."""
-        total = rows.count()
         first = (page - 1) * limit
-        shown = self.shown_all(list(rows.order_by("id")[first : first + limit])) if first < total else []
+        wanted = rows.order_by("id")[first : first + limit + 1]
+        if first:
+            # An index alone tells which to skip; only those of the page are read.
+            wanted = rows.filter(pk__in=wanted.values("pk")).order_by("id")
+        found = list(wanted)
+        total = total_of(rows, least=first + len(found), ended=0 < len(found) <= limit)
+        shown = self.shown_all(found[:limit])
         return Response(
             {
                 "data": shown,
