@@ -123,7 +123,8 @@ class CountryFilter(admin.SimpleListFilter):
 
     def queryset(self, request: HttpRequest, queryset: QuerySet[Customer]) -> QuerySet[Customer]:
         # An empty code is no country: this is the index's own condition.
-        return offered(self, queryset, "address_country_code")
+        rows = queryset.exclude(address_country_code="") if self.value() else queryset
+        return offered(self, rows, "address_country_code")
 
 
 class UpdatedFilter(admin.SimpleListFilter):
@@ -269,6 +270,9 @@ class OwnAdmin(theme.ModelAdmin):
     list_per_page = 50
     paginator = BoundedPaginator
     show_facets = admin.ShowFacets.NEVER  # numbers beside the filters would count whole tables
+
+    def get_changelist(self, request: HttpRequest, **kwargs: Any) -> type[ChangeList]:
+        return BoundedChangeList
 
     def lookup_allowed(self, lookup: str, value: Any, request: HttpRequest | None = None) -> bool:
         """What the list offers to filter by, and related records by id.

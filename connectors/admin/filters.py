@@ -59,7 +59,9 @@ def in_status(key: str, connections: Collection[Connection], *, now: datetime) -
     if key == "duplicate":
         return links
     if key == "remote_deleted":
-        return links.filter(Q(deleted_at__isnull=False) | Q(connection__in=active, state=LinkState.REMOTE_DELETED))
+        # The connections in each part: SQLite finds neither by its index else.
+        buried = Q(connection__in=[connection.pk for connection in connections], deleted_at__isnull=False)
+        return links.filter(buried | Q(connection__in=active, state=LinkState.REMOTE_DELETED))
     links = links.filter(deleted_at=None)
     if key in ("calls_us", "reconnect"):
         return links.filter(connection__in=calls_us if key == "calls_us" else reauth)
@@ -131,11 +133,10 @@ def counts_by_status(connections: Collection[Connection], *, now: datetime) -> d
     numbers["clashing"] = Counted(
         _clashing(moving, connection=OuterRef(OuterRef("pk"))).order_by().values("pk")[: COUNTED + 1]
     )
-    newest = mine.order_by("-pk")
     in_sync = Q(_IN_SYNC, state__in=(LinkState.OPEN, LinkState.RETRYING))
-    numbers["known"] = Counted(newest.values("pk")[: COUNTED + 1])
+    numbers["known"] = Counted(mine.order_by().values("pk")[: COUNTED + 1])
     numbers["in_sync"] = Summed(
-        newest.annotate(one=Case(When(in_sync, then=1), default=0)).values("one")[: COUNTED + 1]
+        mine.order_by().annotate(one=Case(When(in_sync, then=1), default=0)).values("one")[: COUNTED + 1]
     )
     found: dict[int, dict[str, int]] = {}
     counted = (

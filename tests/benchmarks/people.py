@@ -378,7 +378,8 @@ def fill(
                 for table in tables:
                     table.write()
     with connection.cursor() as cursor:
-        cursor.execute("ANALYZE" if connection.vendor != "postgresql" else "VACUUM ANALYZE")
+        vacuums = connection.vendor == "postgresql" and not connection.in_atomic_block
+        cursor.execute("VACUUM ANALYZE" if vacuums else "ANALYZE")
     return organization
 
 
@@ -499,7 +500,7 @@ _COPIED: Mapping[type[models.Model], Mapping[str, str]] = {
     CustomerLink: {
         "uid": "gen_random_uuid()",
         "customer_id": _OTHER_ID.format("customer_id"),
-        "connection_id": "('%(connections)s'::jsonb ->> connection_id::text)::bigint",
+        "connection_id": "coalesce('%(connections)s'::jsonb ->> connection_id::text, connection_id::text)::bigint",
         "remote_id": "remote_id || '.%(copy)s'",
         "remote_data": "jsonb_build_object('id', remote_id || '.%(copy)s')",
         "synced_at": f"synced_at + {_LATER}",
@@ -534,17 +535,19 @@ def multiply(organization: Organization, *, times: int) -> None:
                     "organization": owner,
                     "connections": json.dumps(there),
                 }
-                for model, changed in _COPIED.items():
-                    fields = [f for f in model._meta.concrete_fields if not f.has_db_default()]
-                    names = [str(f.column) for f in fields if not isinstance(f, models.AutoField)]
-                    values = ", ".join(changed.get(name, name) for name in names)
-                    for key, value in known.items():
-                        values = values.replace(f"%({key})s", str(value))
-                    cursor.execute(
-                        f"INSERT INTO {model._meta.db_table} ({', '.join(names)})"
-                        f" SELECT {values} FROM {model._meta.db_table}_first"
-                    )
+                for model in _COPIED:
+                    add_copies(cursor, model, source=f"{model._meta.db_table}_first", **known)
         cursor.execute("VACUUM ANALYZE")
+
+
+def add_copies(cursor: Any, model: type[models.Model], *, source: str, **known: object) -> None:
+    """Insert a copy of each row that `source`, a table or a subquery, has."""
+    fields = [f for f in model._meta.concrete_fields if not f.has_db_default()]
+    names = [str(f.column) for f in fields if not isinstance(f, models.AutoField)]
+    values = ", ".join(_COPIED[model].get(name, name) for name in names)
+    for key, value in known.items():
+        values = values.replace(f"%({key})s", str(value))
+    cursor.execute(f"INSERT INTO {model._meta.db_table} ({', '.join(names)}) SELECT {values} FROM {source}")
 
 
 def _without_indexes(cursor: Any, table: str, stack: ExitStack) -> None:
