@@ -369,7 +369,10 @@ class UnifiedCustomers(Mirror):
             # An index alone tells which to skip; only those of the page are read.
             wanted = rows.filter(pk__in=wanted.values("pk")).order_by("id")
         found = list(wanted)
-        total = total_of(rows, least=first + len(found), ended=0 < len(found) <= limit)
+        if found:
+            total = total_of(rows, least=first + len(found), ended=len(found) <= limit)
+        else:
+            total = min(total_of(rows), first)
         shown = self.shown_all(found[:limit])
         return Response(
             {
