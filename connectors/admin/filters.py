@@ -116,28 +116,42 @@ class Summed(Subquery):
     empty_result_set_value = 0
 
 
+def _state_of_all(connection: Connection) -> str | None:
+    """What all links of a connection are in that is not in use; None of one that is."""
+    if connection.calls_us:
+        return "calls_us"
+    states = {Connection.State.NEEDS_REAUTH: "reconnect", Connection.State.PAUSED: "paused"}
+    return states.get(Connection.State(connection.state))
+
+
 def counts_by_status(connections: Collection[Connection], *, now: datetime) -> dict[int, dict[str, int]]:
     """How many links of each connection are in which status, in one query that reads COUNTED links of each at most.
 
     What an index does not tell, such as how many of a large connection are in sync, is "more than" a lower number.
     """
-    numbers: dict[str, Subquery] = {}
-    own = CustomerLink.objects.filter(connection=OuterRef("pk"))
-    for key in STATUSES.keys() - {"not_linked", "in_sync", "conflict"}:
-        rows = in_status(key, connections, now=now).filter(connection=OuterRef("pk"))
-        numbers[key] = Counted(rows.order_by().values("pk")[: COUNTED + 1])
-    active = [one.pk for one in connections if not one.calls_us and one.state == Connection.State.ACTIVE]
-    mine = own.filter(connection__in=active, is_duplicate=False, deleted_at=None)
-    moving = mine.filter(state__in=(LinkState.OPEN, LinkState.RETRYING))
-    numbers["asked"] = Counted(mine.filter(state=LinkState.CONFLICT).order_by().values("pk")[: COUNTED + 1])
-    numbers["clashing"] = Counted(
-        _clashing(moving, connection=OuterRef(OuterRef("pk"))).order_by().values("pk")[: COUNTED + 1]
-    )
+    active = [one for one in connections if not one.calls_us and one.state == Connection.State.ACTIVE]
+    own = CustomerLink.objects.filter(connection=OuterRef("pk")).order_by()
+    alive = own.filter(is_duplicate=False, deleted_at=None)
+    # In an order that only the index by connection has: else the whole table may be read for one that has no links.
+    every = alive.order_by("updated_at")
     in_sync = Q(_IN_SYNC, state__in=(LinkState.OPEN, LinkState.RETRYING))
-    numbers["known"] = Counted(mine.order_by().values("pk")[: COUNTED + 1])
-    numbers["in_sync"] = Summed(
-        mine.order_by().annotate(one=Case(When(in_sync, then=1), default=0)).values("one")[: COUNTED + 1]
-    )
+    moving = alive.filter(state__in=(LinkState.OPEN, LinkState.RETRYING))
+    parts: dict[str, QuerySet[CustomerLink]] = {
+        key: in_status(key, active, now=now).filter(connection=OuterRef("pk")).order_by()
+        for key in ("waiting", "sending", "rate_limited", "retrying", "rejected", "checking", "uncertain")
+    }
+    parts |= {
+        "every": every,
+        "duplicate": own.filter(is_duplicate=True),
+        "buried": own.filter(is_duplicate=False, deleted_at__isnull=False),
+        "gone": alive.filter(state=LinkState.REMOTE_DELETED),
+        "paused": alive.filter(state=LinkState.PAUSED),
+        "asked": alive.filter(state=LinkState.CONFLICT),
+        "clashing": _clashing(moving, connection=OuterRef(OuterRef("pk"))),
+    }
+    numbers: dict[str, Subquery] = {key: Counted(rows.values("pk")[: COUNTED + 1]) for key, rows in parts.items()}
+    numbers["in_sync"] = Summed(every.annotate(one=Case(When(in_sync, then=1), default=0)).values("one")[: COUNTED + 1])
+    by_pk = {one.pk: one for one in connections}
     found: dict[int, dict[str, int]] = {}
     counted = (
         Connection.objects.filter(pk__in=[one.pk for one in connections])
@@ -146,12 +160,20 @@ def counts_by_status(connections: Collection[Connection], *, now: datetime) -> d
     )
     for row in counted.values("pk", *(f"n_{key}" for key in numbers)):
         counts = {key: row[f"n_{key}"] for key in numbers}
-        known, in_sync_of_them = counts.pop("known"), counts.pop("in_sync")
-        counts["conflict"] = counts.pop("asked") + counts.pop("clashing")
+        known, in_sync_of_them = counts.pop("every"), counts.pop("in_sync")
+        gone, asked = counts.pop("gone"), counts.pop("asked")
+        counts["remote_deleted"] = counts.pop("buried")
+        clashing = counts.pop("clashing")
+        if (whole := _state_of_all(by_pk[row["pk"]])) is not None:
+            kept = ("duplicate", "remote_deleted")
+            counts = {**{key: counts[key] for key in kept}, whole: known}
+        else:
+            counts["remote_deleted"] += gone
+            counts["conflict"] = asked + clashing
         counts = {key: MoreThan(COUNTED) if n > COUNTED else n for key, n in counts.items() if n}
-        if known > COUNTED and in_sync_of_them:
+        if whole is None and known > COUNTED and in_sync_of_them:
             counts["in_sync"] = MoreThan((in_sync_of_them - 1) // 1000 * 1000)
-        elif in_sync_of_them:
+        elif whole is None and in_sync_of_them:
             counts["in_sync"] = in_sync_of_them
         found[row["pk"]] = {key: counts[key] for key in STATUSES if counts.get(key)}
     return found
