@@ -435,7 +435,7 @@ class SyncRun(models.Model):
     class Meta:
         ordering = ["-id"]
         indexes = [
-            models.Index(fields=["state", "id"], name="run_queue", condition=Q(state__in=("queued", "running"))),
+            models.Index(fields=["state", "id"], name="run_state"),
             models.Index(fields=["organization", "created_at"], name="run_by_day"),
         ]
         default_permissions = ("view",)
@@ -504,6 +504,7 @@ class CustomerLink(models.Model):
         blank=True,
         on_delete=models.SET_NULL,
         related_name="moved_links",
+        db_index=False,
         help_text="Whose link this was before the customer was merged.",
     )
     is_active = models.BooleanField(default=True)
@@ -531,6 +532,7 @@ class CustomerLink(models.Model):
         blank=True,
         on_delete=models.SET_NULL,
         related_name="links",
+        db_index=False,
         help_text="The run that waits for the outcome of this link.",
     )
     synced_at = models.DateTimeField(null=True, blank=True)
@@ -564,7 +566,12 @@ class CustomerLink(models.Model):
                 name="link_due",
                 condition=Q(pushed_version__lt=F("needed_version"), next_attempt_at__isnull=False),
             ),
-            models.Index(fields=["remote_id"], name="link_remote_id"),
+            models.Index(fields=["connection", "updated_at", "id"], name="link_changed"),
+            # Few links have one: an index of all would be written for the others, too.
+            models.Index(fields=["run"], name="link_run", condition=Q(run__isnull=False)),
+            models.Index(fields=["original_customer"], name="link_moved", condition=Q(original_customer__isnull=False)),
+            models.Index(fields=["connection"], name="link_duplicate", condition=Q(is_duplicate=True)),
+            models.Index(fields=["connection"], name="link_tombstone", condition=Q(deleted_at__isnull=False)),
             models.Index(fields=["connection", "fingerprint"], name="link_rejected", condition=Q(state="rejected")),
             models.Index(fields=["connection", "state"], name="link_parked", condition=Q(state__in=PARKED)),
             models.Index(
@@ -598,10 +605,10 @@ class CustomerLink(models.Model):
             return "checking"
         if self.state in PARKED:
             return str(self.state)
-        if self.lease_until and self.lease_until > now:
-            return "sending"
         if not self.is_dirty:
             return "conflict" if self.conflicts else "in_sync"
+        if self.lease_until and self.lease_until > now:
+            return "sending"
         if self.connection.not_before is not None and self.connection.not_before > now:
             return "rate_limited"
         return "retrying" if self.state == LinkState.RETRYING else "waiting"
@@ -693,7 +700,9 @@ class Conflict(models.Model):
         ordering = ["-id"]
         indexes = [
             models.Index(fields=["connection", "-id"], name="conflict_list"),
-            models.Index(fields=["link"], name="conflict_waiting", condition=Q(outcome="waiting", resolved_at=None)),
+            models.Index(
+                fields=["connection", "link"], name="conflict_waiting", condition=Q(outcome="waiting", resolved_at=None)
+            ),
         ]
         default_permissions = ("view",)
 

@@ -40,10 +40,12 @@ MOMENT = "%Y-%m-%d %H:%M:%S UTC"
 NOTE_LENGTH = 2000
 # Rows that a list counts and leads to; what lies beyond is reached by filters and search.
 COUNTED = 10_000
-# As far as a filter is counted that has to compare each customer with others.
+# As far as a filter is counted and paged through that asks of one row of the list after the other.
 COUNTED_SLOWLY = 1000
 # Of fewer hits than this the ids are read first; of more, each row of the list is asked about in turn.
-RARE = 2000
+RARE = 5000
+# As far back as a filter looks for which no index names the hits.
+LOOKED_AT = 20_000
 
 
 def actor_of(request: HttpRequest, *, message: str = "") -> Actor:
@@ -121,7 +123,8 @@ class CountryFilter(admin.SimpleListFilter):
 
     def queryset(self, request: HttpRequest, queryset: QuerySet[Customer]) -> QuerySet[Customer]:
         # An empty code is no country: this is the index's own condition.
-        return offered(self, queryset, "address_country_code")
+        rows = queryset.exclude(address_country_code="") if self.value() else queryset
+        return offered(self, rows, "address_country_code")
 
 
 class UpdatedFilter(admin.SimpleListFilter):
@@ -159,7 +162,7 @@ class AuthorFilter(admin.SimpleListFilter):
             organization__in=[own.pk for own in organizations(request)], actor_kind=value
         )
         last = theirs.filter(customer=OuterRef("pk"), version=OuterRef("version"))
-        return narrowed(queryset, theirs.values_list("customer_id", flat=True)).filter(Exists(last))
+        return narrowed(request, queryset, theirs.values_list("customer_id", flat=True)).filter(Exists(last))
 
 
 class DuplicatesFilter(admin.SimpleListFilter):
@@ -173,7 +176,6 @@ class DuplicatesFilter(admin.SimpleListFilter):
     def queryset(self, request: HttpRequest, queryset: QuerySet[Customer]) -> QuerySet[Customer]:
         if (column := self.fields.get(self.value() or "")) is None:
             return queryset
-        request.counted = COUNTED_SLOWLY  # type: ignore[attr-defined] # for the paginator
         alike = Customer.objects.filter(
             ~Q((column, "")),
             Q((column, OuterRef(column))),
@@ -182,13 +184,32 @@ class DuplicatesFilter(admin.SimpleListFilter):
         ).exclude(pk=OuterRef("pk"))
         # Asked of one row after the other, as far as the page goes: joined, every customer would be compared first.
         twin = Subquery(alike.values("pk")[:1])
-        return queryset.alias(twin=twin).filter(~Q((column, "")), twin__isnull=False, merged_into=None)
+        rows = newest(request, queryset).alias(twin=twin)
+        return rows.filter(~Q((column, "")), twin__isnull=False, merged_into=None)
 
 
-def narrowed(customers: QuerySet[Customer], ids: QuerySet[Any, Any]) -> QuerySet[Customer]:
+def narrowed(request: HttpRequest, customers: QuerySet[Customer], ids: QuerySet[Any, Any]) -> QuerySet[Customer]:
     """`customers`, where `ids` names few of them less the others: the caller's own condition is then asked of these."""
     few = list(ids.order_by()[: RARE + 1])
-    return customers.filter(pk__in=few) if len(few) <= RARE else customers
+    if len(few) <= RARE:
+        return customers.filter(pk__in=few)
+    request.among = few  # type: ignore[attr-defined] # for the paginator: many of them are hits
+    return customers
+
+
+def newest(request: HttpRequest, customers: QuerySet[Customer]) -> QuerySet[Customer]:
+    """Those of `customers` that are among the LOOKED_AT that were changed last; tells the person where there are more.
+
+    For conditions that may hold for nobody and that no index answers: the list would be read to its end.
+    """
+    own = [organization.pk for organization in organizations(request)]
+    chosen = [pk for pk in own if str(pk) == request.GET.get(OrganizationFilter.parameter_name)] or own
+    rows = Customer.objects.filter(organization__in=chosen).order_by("-updated_at", "-id")
+    oldest = rows.values_list("updated_at", flat=True)[LOOKED_AT - 1 : LOOKED_AT].first()
+    if oldest is None:
+        return customers
+    messages.info(request, f"Looked for among the {LOOKED_AT:,} customers that were changed last.")
+    return customers.filter(updated_at__gte=oldest)
 
 
 class MoreThan(int):
@@ -202,11 +223,15 @@ class BoundedPaginator(Paginator):  # type: ignore[type-arg] # none at run time
     """Counts and pages to `bound` rows: neither a count nor a page ever reads a whole table."""
 
     bound = COUNTED
+    among: Sequence[Any] = ()  # ids of which many are hits: if they are enough, no others are asked about
 
     @cached_property
     def count(self) -> int:
         rows: QuerySet[Any] = self.object_list  # type: ignore[assignment] # the admin pages through nothing else
-        number = rows.order_by().values("pk")[: self.bound + 1].count()
+        rows = rows.order_by()
+        number = rows.filter(pk__in=self.among).values("pk")[: self.bound + 1].count() if self.among else 0
+        if number <= self.bound:
+            number = rows.values("pk")[: self.bound + 1].count()
         return MoreThan(self.bound) if number > self.bound else number
 
 
@@ -245,6 +270,9 @@ class OwnAdmin(theme.ModelAdmin):
     list_per_page = 50
     paginator = BoundedPaginator
     show_facets = admin.ShowFacets.NEVER  # numbers beside the filters would count whole tables
+
+    def get_changelist(self, request: HttpRequest, **kwargs: Any) -> type[ChangeList]:
+        return BoundedChangeList
 
     def lookup_allowed(self, lookup: str, value: Any, request: HttpRequest | None = None) -> bool:
         """What the list offers to filter by, and related records by id.
@@ -410,7 +438,8 @@ class CustomerAdmin(OwnAdmin):
 
     def get_paginator(self, request: HttpRequest, queryset: Any, per_page: int, *args: Any, **kwargs: Any) -> Any:
         paginator: Any = super().get_paginator(request, queryset, per_page, *args, **kwargs)
-        paginator.bound = getattr(request, "counted", COUNTED)
+        if among := getattr(request, "among", ()):
+            paginator.among, paginator.bound = among, COUNTED_SLOWLY
         if (found := getattr(request, "found", None)) is not None:
             paginator.count = found
         return paginator

@@ -20,7 +20,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.models import Case, F, Func, IntegerField, Q, QuerySet, TextField, Value, When
 from django.db.models.expressions import RawSQL
 
-from customers.models import Customer
+from customers.models import Customer, Organization
 from customers.normalize import email_key, name_key, phone_key
 
 LIMIT = 500
@@ -143,6 +143,15 @@ def _haystack() -> Func:
         arg_joiner=" || ' ' || ",
         output_field=TextField(),
     )
+
+
+def named(term: str, *, organization: Organization) -> QuerySet[Customer] | None:
+    """The organization's customers whose name contains the term; None where it is too short for the index."""
+    found = containing(term, personal=False)
+    if found is None:
+        return None
+    rows = Customer.objects.filter(organization=organization, name_key__contains=name_key(term))
+    return rows.alias(haystack=_haystack()).filter(found)
 
 
 def find(

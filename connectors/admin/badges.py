@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping
 from datetime import datetime
 
 from django.contrib import admin
-from django.db.models import Case, CharField, Count, F, Q, Value, When
+from django.db.models import Case, CharField, F, Q, Value, When
 from django.http import HttpRequest
 from django.utils.html import format_html, format_html_join
 
-from connectors.models import Connection, CustomerLink, SyncRun
+from connectors.models import Connection, SyncRun
 from connectors.states import HEALTH, PARKED, RUN_STATUSES, STATUSES, LinkState, health_key, health_sentence
 from customers.admin import offered, organizations
 from customers.privacy import redacted
@@ -63,7 +63,7 @@ def summary(counts: Mapping[str, int]) -> str:
 
 
 def status_column(*, now: datetime) -> Case:
-    """`CustomerLink.status_key` as a column, for counting and filtering. A test holds the two together."""
+    """`CustomerLink.status_key` as a column. A test holds the two together."""
     conditions: Iterable[When] = (
         When(is_duplicate=True, then=Value("duplicate")),
         When(deleted_at__isnull=False, then=Value("remote_deleted")),
@@ -72,28 +72,13 @@ def status_column(*, now: datetime) -> Case:
         When(connection__state=Connection.State.PAUSED, then=Value("paused")),
         When(state=LinkState.UNCERTAIN, next_attempt_at__isnull=False, then=Value("checking")),
         When(state__in=PARKED, then=F("state")),
-        When(lease_until__gt=now, then=Value("sending")),
         When(~Q(conflicts={}), pushed_version__gte=F("needed_version"), then=Value("conflict")),
         When(pushed_version__gte=F("needed_version"), then=Value("in_sync")),
+        When(lease_until__gt=now, then=Value("sending")),
         When(connection__not_before__gt=now, then=Value("rate_limited")),
         When(state=LinkState.RETRYING, then=Value("retrying")),
     )
     return Case(*conditions, default=Value("waiting"), output_field=CharField())
-
-
-def counts_by_status(connection_ids: Iterable[int], *, now: datetime) -> dict[int, dict[str, int]]:
-    """How many links of each connection are in which status, in one query."""
-    rows = (
-        CustomerLink.objects.filter(connection__in=list(connection_ids))
-        .annotate(shown_state=status_column(now=now))
-        .order_by()
-        .values_list("connection_id", "shown_state")
-        .annotate(Count("pk"))
-    )
-    counts: dict[int, dict[str, int]] = {}
-    for connection_id, status, number in rows:
-        counts.setdefault(connection_id, {})[status] = number
-    return counts
 
 
 def connection_choices(request: HttpRequest) -> list[tuple[str, str]]:

@@ -20,7 +20,8 @@ from django.utils.dateparse import parse_datetime
 
 from connectors import login
 from connectors.admin import checking, overview, testing
-from connectors.admin.badges import connection_badge, counts_by_status, run_badge, summary
+from connectors.admin.badges import connection_badge, run_badge, summary
+from connectors.admin.filters import counts_by_status
 from connectors.admin.issues import words_of
 from connectors.admin.needs import counted
 from connectors.admin.wizard import FirstSteps, canary_succeeded
@@ -208,7 +209,7 @@ class ConnectionAdmin(FirstSteps, OwnAdmin):
     def get_changelist_instance(self, request: HttpRequest) -> Any:
         changes = super().get_changelist_instance(request)
         changes.result_list = list(changes.result_list)
-        counts = counts_by_status([connection.pk for connection in changes.result_list], now=timezone.now())
+        counts = counts_by_status(changes.result_list, now=timezone.now())
         waits = counted(changes.result_list)
         for connection in changes.result_list:
             connection.counts = counts.get(connection.pk, {})
@@ -492,7 +493,7 @@ class ConnectionAdmin(FirstSteps, OwnAdmin):
                 "held": held,
                 "customers": customers,
                 "new": max(customers - linked, 0),
-                "counts": summary(counts_by_status([connection.pk], now=timezone.now()).get(connection.pk, {})),
+                "counts": summary(counts_by_status([connection], now=timezone.now())[connection.pk]),
             }
             return TemplateResponse(request, "connectors/push_all.html", context)
         self.open_now(connection)

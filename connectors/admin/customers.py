@@ -22,7 +22,7 @@ from connectors.admin import history
 from connectors.admin.badges import link_badge, summary
 from connectors.admin.bulk import BulkActions
 from connectors.admin.compare import uid_of_mark
-from connectors.admin.filters import ReasonFilter, StateFilter, SystemFilter
+from connectors.admin.filters import ReasonFilter, StateFilter, SystemFilter, own_connections
 from connectors.admin.linking import LinkAdmin
 from connectors.admin.tables import Tables
 from connectors.exceptions import ConnectionUnusable, RetryLater
@@ -307,14 +307,17 @@ class LinkedCustomerAdmin(BulkActions, Tables, LinkAdmin):
     def exact_matches(
         self, request: HttpRequest, customers: QuerySet[Customer], term: str
     ) -> list[QuerySet[Customer, Any]]:
-        linked = Q(remote_id=term)
+        # By connection: that is how the index has the ids.
+        wanted = [Q(remote_id=term, connection__in=[one.pk for one in own_connections(request)])]
         if uid := parse_public_id("lnk", term):
-            linked |= Q(uid=uid)
+            wanted.append(Q(uid=uid))
         if term.isdecimal() and len(term) < 19:
-            linked |= Q(pk=int(term))
-        links = CustomerLink.objects.filter(linked)
-        ids = customers.filter(pk__in=links.values("customer")).values_list("pk", flat=True)
-        return [*super().exact_matches(request, customers, term), ids]
+            wanted.append(Q(pk=int(term)))
+        linked = [
+            customers.filter(pk__in=CustomerLink.objects.filter(one).values("customer")).values_list("pk", flat=True)
+            for one in wanted
+        ]
+        return [*super().exact_matches(request, customers, term), *linked]
 
     # One customer
 

@@ -9,14 +9,14 @@ from typing import Any
 
 from django.contrib import admin
 from django.contrib.admin.views.main import SEARCH_VAR
-from django.db.models import Exists, F, OuterRef, Q, QuerySet
+from django.db.models import Case, Exists, F, IntegerField, OuterRef, Q, QuerySet, Subquery, When
 from django.http import HttpRequest
 from django.utils import timezone
 
 from connectors.admin.reasons import causes
 from connectors.models import Conflict, Connection, CustomerLink
 from connectors.states import STATUSES, LinkState
-from customers.admin import COUNTED, narrowed, organizations
+from customers.admin import COUNTED, MoreThan, narrowed, newest, organizations
 from customers.models import Customer
 from customers.privacy import sees
 
@@ -59,7 +59,9 @@ def in_status(key: str, connections: Collection[Connection], *, now: datetime) -
     if key == "duplicate":
         return links
     if key == "remote_deleted":
-        return links.filter(Q(deleted_at__isnull=False) | Q(connection__in=active, state=LinkState.REMOTE_DELETED))
+        # The connections in each part: SQLite finds neither by its index else.
+        buried = Q(connection__in=[connection.pk for connection in connections], deleted_at__isnull=False)
+        return links.filter(buried | Q(connection__in=active, state=LinkState.REMOTE_DELETED))
     links = links.filter(deleted_at=None)
     if key in ("calls_us", "reconnect"):
         return links.filter(connection__in=calls_us if key == "calls_us" else reauth)
@@ -71,25 +73,110 @@ def in_status(key: str, connections: Collection[Connection], *, now: datetime) -
     if key == "rejected":
         return links.filter(connection__in=active, state=LinkState.REJECTED)
     moving = links.filter(connection__in=active, state__in=(LinkState.OPEN, LinkState.RETRYING))
-    if key == "sending":
-        return moving.filter(lease_until__gt=now)
-    still = moving.filter(Q(lease_until=None) | Q(lease_until__lte=now))
     if key == "conflict":
-        waiting = Conflict.objects.filter(
-            connection__in=active, outcome=Conflict.Outcome.WAITING, resolved_at=None
-        ).values("link")
-        clean = still.filter(~Q(conflicts={}), pk__in=waiting, pushed_version__gte=F("needed_version"))
         # Read first: beside a subquery, OR would keep the databases from using an index for either part.
-        ids = list(clean.order_by("-pk").values_list("pk", flat=True)[: COUNTED + 1])
+        ids = list(_clashing(moving, connection__in=active).order_by("-pk").values_list("pk", flat=True)[: COUNTED + 1])
         return links.filter(Q(connection__in=active, state=LinkState.CONFLICT) | Q(pk__in=ids))
     if key == "in_sync":
-        return still.filter(pushed_version__gte=F("needed_version"), conflicts={})
-    # A link that waits to be sent is due at some time: that is what its index holds.
-    dirty = still.filter(pushed_version__lt=F("needed_version"), next_attempt_at__isnull=False)
+        return moving.filter(_IN_SYNC)
+    # A link that waits to be sent, or is being sent, is due at some time: that is what its index holds.
+    dirty = moving.filter(pushed_version__lt=F("needed_version"), next_attempt_at__isnull=False)
+    if key == "sending":
+        return dirty.filter(lease_until__gt=now)
+    still = dirty.filter(Q(lease_until=None) | Q(lease_until__lte=now))
     if key == "rate_limited":
-        return dirty.filter(connection__in=limited)
+        return still.filter(connection__in=limited)
     retrying = Q(state=LinkState.RETRYING)
-    return dirty.filter(retrying if key == "retrying" else ~retrying, connection__in=free)
+    return still.filter(retrying if key == "retrying" else ~retrying, connection__in=free)
+
+
+_IN_SYNC = Q(pushed_version__gte=F("needed_version"), conflicts={})
+
+
+def _clashing(links: QuerySet[CustomerLink], **where: Any) -> QuerySet[CustomerLink]:
+    """Those of these that wait for nothing but a field that was changed on both sides, in the log `where` that says."""
+    waiting = Conflict.objects.filter(outcome=Conflict.Outcome.WAITING, resolved_at=None, **where)
+    clean = links.filter(~Q(conflicts={}), pushed_version__gte=F("needed_version"))
+    return clean.filter(pk__in=waiting.values("link"))
+
+
+class Counted(Subquery):
+    """How many rows a query gives up to its limit, for each row of the query around it."""
+
+    template = "(SELECT COUNT(*) FROM (%(subquery)s) AS counted)"
+    output_field = IntegerField()
+    empty_result_set_value = 0
+
+
+class Summed(Subquery):
+    """The sum of the column `one` over the rows that a query gives up to its limit."""
+
+    template = "(SELECT COALESCE(SUM(counted.one), 0) FROM (%(subquery)s) AS counted)"
+    output_field = IntegerField()
+    empty_result_set_value = 0
+
+
+def _state_of_all(connection: Connection) -> str | None:
+    """What all links of a connection are in that is not in use; None of one that is."""
+    if connection.calls_us:
+        return "calls_us"
+    states = {Connection.State.NEEDS_REAUTH: "reconnect", Connection.State.PAUSED: "paused"}
+    return states.get(Connection.State(connection.state))
+
+
+def counts_by_status(connections: Collection[Connection], *, now: datetime) -> dict[int, dict[str, int]]:
+    """How many links of each connection are in which status, in one query that reads COUNTED links of each at most.
+
+    What an index does not tell, such as how many of a large connection are in sync, is "more than" a lower number.
+    """
+    active = [one for one in connections if not one.calls_us and one.state == Connection.State.ACTIVE]
+    own = CustomerLink.objects.filter(connection=OuterRef("pk")).order_by()
+    alive = own.filter(is_duplicate=False, deleted_at=None)
+    # In an order that only the index by connection has: else the whole table may be read for one that has no links.
+    every = alive.order_by("updated_at")
+    in_sync = Q(_IN_SYNC, state__in=(LinkState.OPEN, LinkState.RETRYING))
+    moving = alive.filter(state__in=(LinkState.OPEN, LinkState.RETRYING))
+    parts: dict[str, QuerySet[CustomerLink]] = {
+        key: in_status(key, active, now=now).filter(connection=OuterRef("pk")).order_by()
+        for key in ("waiting", "sending", "rate_limited", "retrying", "rejected", "checking", "uncertain")
+    }
+    parts |= {
+        "every": every,
+        "duplicate": own.filter(is_duplicate=True),
+        "buried": own.filter(is_duplicate=False, deleted_at__isnull=False),
+        "gone": alive.filter(state=LinkState.REMOTE_DELETED),
+        "paused": alive.filter(state=LinkState.PAUSED),
+        "asked": alive.filter(state=LinkState.CONFLICT),
+        "clashing": _clashing(moving, connection=OuterRef(OuterRef("pk"))),
+    }
+    numbers: dict[str, Subquery] = {key: Counted(rows.values("pk")[: COUNTED + 1]) for key, rows in parts.items()}
+    numbers["in_sync"] = Summed(every.annotate(one=Case(When(in_sync, then=1), default=0)).values("one")[: COUNTED + 1])
+    by_pk = {one.pk: one for one in connections}
+    found: dict[int, dict[str, int]] = {}
+    counted = (
+        Connection.objects.filter(pk__in=[one.pk for one in connections])
+        .order_by()
+        .annotate(**{f"n_{key}": number for key, number in numbers.items()})
+    )
+    for row in counted.values("pk", *(f"n_{key}" for key in numbers)):
+        counts = {key: row[f"n_{key}"] for key in numbers}
+        known, in_sync_of_them = counts.pop("every"), counts.pop("in_sync")
+        gone, asked = counts.pop("gone"), counts.pop("asked")
+        counts["remote_deleted"] = counts.pop("buried")
+        clashing = counts.pop("clashing")
+        if (whole := _state_of_all(by_pk[row["pk"]])) is not None:
+            kept = ("duplicate", "remote_deleted")
+            counts = {**{key: counts[key] for key in kept}, whole: known}
+        else:
+            counts["remote_deleted"] += gone
+            counts["conflict"] = asked + clashing
+        counts = {key: MoreThan(COUNTED) if n > COUNTED else n for key, n in counts.items() if n}
+        if whole is None and known > COUNTED and in_sync_of_them:
+            counts["in_sync"] = MoreThan((in_sync_of_them - 1) // 1000 * 1000)
+        elif whole is None and in_sync_of_them:
+            counts["in_sync"] = in_sync_of_them
+        found[row["pk"]] = {key: counts[key] for key in STATUSES if counts.get(key)}
+    return found
 
 
 def with_links(
@@ -97,7 +184,7 @@ def with_links(
 ) -> QuerySet[Customer]:
     """The customers who have one of these links. A search narrows enough by itself."""
     searching = bool(request.GET.get(SEARCH_VAR))
-    few = customers if searching else narrowed(customers, links.values_list("customer_id", flat=True))
+    few = customers if searching else narrowed(request, customers, links.values_list("customer_id", flat=True))
     return few.filter(Exists(links.filter(customer=OuterRef("pk"))))
 
 
@@ -140,7 +227,7 @@ class StateFilter(admin.SimpleListFilter):
         connections = chosen_connections(request, SystemFilter.parameter_name)
         if state == "not_linked":
             there = CustomerLink.objects.filter(connection__in=[one.pk for one in connections])
-            return queryset.filter(~Exists(there.filter(customer=OuterRef("pk"))))
+            return newest(request, queryset).filter(~Exists(there.filter(customer=OuterRef("pk"))))
         links = in_status(state, connections, now=timezone.now())
         if state == "rejected" and (reason := request.GET.get(ReasonFilter.parameter_name)):
             links = links.filter(fingerprint=reason)

@@ -10,17 +10,18 @@ from django.http import HttpRequest, HttpResponse
 from django.utils import timezone
 
 from connectors.admin.badges import ConnectionFilter, link_badge
-from connectors.admin.filters import chosen_connections, in_status
+from connectors.admin.filters import chosen_connections, in_status, own_connections
 from connectors.admin.needs import kind_of
 from connectors.admin.resolving import ResolvePages
 from connectors.models import CustomerLink
 from connectors.states import STATUSES
 from customers import jsontext
-from customers.admin import MOMENT, link_to
+from customers.admin import MOMENT, link_to, organizations
 from customers.ids import parse_public_id
+from customers.models import Customer
 from customers.normalize import email_key, name_key
 from customers.privacy import NEEDS_RIGHT, redacted, sees
-from customers.search import beginning
+from customers.search import LIMIT, beginning
 
 INTENTS_SHOWN = 10
 
@@ -40,7 +41,7 @@ class LinkStateFilter(admin.SimpleListFilter):
         if (value := self.value()) not in STATUSES:
             return queryset
         connections = chosen_connections(request, ConnectionFilter.parameter_name)
-        return queryset.filter(pk__in=in_status(value, connections, now=timezone.now()).values("pk"))
+        return queryset & in_status(value, connections, now=timezone.now())
 
 
 @admin.register(CustomerLink)
@@ -54,20 +55,29 @@ class CustomerLinkAdmin(ResolvePages):
     search_fields = ["remote_id"]
     search_help_text = "The id there, or the customer's id, e-mail or name."
     ordering = ["-id"]
+    sortable_by = []  # no index has them in another order
     fields = []
 
     def get_search_results(self, request: HttpRequest, queryset: Any, search_term: str) -> tuple[Any, bool]:
         term = search_term.strip()
         if not term:
             return queryset, False
-        wanted = Q(remote_id=term)
+        own = [connection.pk for connection in own_connections(request)]
+        # Not one condition with OR: the databases would read every link for it.
+        found = [Q(remote_id=term)]
         if uid := parse_public_id("cust", term):
-            wanted |= Q(customer=uid) | Q(uid=uid)
+            found += [Q(customer=uid), Q(uid=uid)]
+        within = Customer.objects.filter(organization__in=[one.pk for one in organizations(request)])
         if "@" in term:
-            wanted |= Q(customer__email_key=email_key(term)) & ~Q(customer__email_key="")
-        elif key := name_key(term):
-            wanted |= beginning("customer__name_key", key)
-        return queryset.filter(wanted), False
+            named = within.filter(~Q(email_key=""), email_key=email_key(term))
+        else:
+            named = within.filter(beginning("name_key", name_key(term))) if name_key(term) else within.none()
+        found.append(Q(customer__in=list(named.order_by("name_key").values_list("pk", flat=True)[:LIMIT])))
+        ids: set[int] = set()
+        for wanted in found:
+            rows = CustomerLink.objects.filter(wanted, connection__in=own)
+            ids.update(rows.values_list("pk", flat=True)[:LIMIT])
+        return queryset.filter(pk__in=ids), False
 
     @admin.display(description="Customer", ordering="customer__name_key")
     def customer_name(self, link: CustomerLink) -> str:

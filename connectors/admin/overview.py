@@ -10,7 +10,7 @@ from urllib.parse import urlencode
 
 from django.urls import reverse
 
-from connectors.admin.badges import counts_by_status
+from connectors.admin.filters import counts_by_status
 from connectors.admin.needs import KINDS, counted
 from connectors.admin.reasons import causes
 from connectors.exceptions import Rejected
@@ -20,23 +20,16 @@ from connectors.states import STATUSES, LinkState
 from connectors.sync import limits
 from connectors.sync.claim import due
 from connectors.sync.preview import leaves
+from customers.admin import MoreThan
 from customers.editing import EDITABLE, FLAGS, draft, imagined
 from customers.forms import label, shown
 from customers.ids import parse_public_id, uuid7
 from customers.models import Customer
 from customers.privacy import HIDDEN, PERSONAL, masked
 
-# Up to here every state of a connection's links is counted; of a larger one, what an index can count.
-COUNTED = 100_000
-# No number on the page counts further than this.
-BOUND = 10_000
 REASONS = 10
 MOMENT = "%Y-%m-%d %H:%M:%S UTC"
 QUEUE = ("waiting", "sending", "retrying", "checking", *KINDS, "in_sync")
-
-
-def number(count: int) -> str:
-    return f"{BOUND:,}+" if count > BOUND else f"{count:,}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +44,7 @@ class Waits:
 
     @property
     def shown(self) -> str:
-        return number(self.count)
+        return str(self.count) if isinstance(self.count, MoreThan) else f"{self.count:,}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,15 +58,13 @@ class Reason:
 @dataclass(kw_only=True)
 class Queue:
     """What waits at a connection, `parked` of it for a person: what somebody has settled, such as a record that is to
-    stay deleted, is shown in its state and waits no more. `complete` is False where only the indexed states of a large
-    one were counted.
+    stay deleted, is shown in its state and waits no more.
     """
 
     counts: list[Waits] = field(default_factory=list)
     reasons: list[Reason] = field(default_factory=list)
     parked: int = 0
     oldest_due: datetime | None = None
-    complete: bool = True
 
 
 def links_url(**query: Any) -> str:
@@ -81,15 +72,10 @@ def links_url(**query: Any) -> str:
 
 
 def queue(connection: Connection, *, sees: bool, now: datetime) -> Queue:
-    """Seven queries. What systems say may quote personal data: it is hidden from who does not see that."""
+    """Six queries. What systems say may quote personal data: it is hidden from who does not see that."""
     links = CustomerLink.objects.filter(connection=connection)
-    found = Queue(complete=links.order_by().values("pk")[: COUNTED + 1].count() <= COUNTED)
-    if found.complete:
-        counts = counts_by_status([connection.pk], now=now).get(connection.pk, {})
-    else:
-        waiting = links.filter(due(now=now)).order_by().values("pk")[: BOUND + 1].count()
-        rejected = links.filter(state=LinkState.REJECTED).order_by().values("pk")[: BOUND + 1].count()
-        counts = {"waiting": waiting, "rejected": rejected}
+    found = Queue()
+    counts = counts_by_status([connection], now=now)[connection.pk]
     found.counts = [
         Waits(key=key, count=counts[key], url=links_url(connection=connection.pk, shown_state=key))
         for key in (*QUEUE, *sorted(counts.keys() - set(QUEUE)))

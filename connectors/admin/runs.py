@@ -59,6 +59,7 @@ class SyncRunAdmin(ReadOnlyAdmin):
     list_filter = [OrganizationFilter, ConnectionFilter, "kind", "state"]
     search_fields = ["public_id"]
     ordering = ["-id"]
+    sortable_by = []  # no index has them in another order
     fields = []
 
     def get_search_results(self, request: HttpRequest, queryset: Any, search_term: str) -> tuple[Any, bool]:

@@ -239,9 +239,10 @@ def _open_issues(connections: Collection[Connection]) -> dict[int, list[Any]]:
 
 def _backlogs(connections: Collection[Connection], *, now: datetime) -> dict[int, dict[str, Any]]:
     """What is not in sync in each connection, counted by what it waits for."""
-    dirty = Q(pushed_version__lt=F("needed_version"))
+    # Each part by an index of its own: what waits to be sent is due at some time.
+    dirty = Q(connection__in=connections, pushed_version__lt=F("needed_version"), next_attempt_at__isnull=False)
     rows = (
-        CustomerLink.objects.filter(dirty | Q(state__in=PARKED), connection__in=connections)
+        CustomerLink.objects.filter(dirty | Q(connection__in=connections, state__in=PARKED))
         .filter(is_duplicate=False, deleted_at=None)
         .annotate(
             waits=Case(

@@ -9,12 +9,13 @@ from typing import Any
 from uuid import UUID
 
 import orjson
-from django.db.models import Q, QuerySet
+from django.db.models import Exists, OuterRef, Q, QuerySet
 from rest_framework import serializers
 
 from connectors.api import cursors
 from connectors.inbound.fields import Text
-from connectors.models import REMOTE_ID_LENGTH, CustomerLink
+from connectors.inbound.totals import FEW
+from connectors.models import REMOTE_ID_LENGTH, Connection, CustomerLink
 from connectors.providers.links import ListQuery
 from customers.editing import LENGTHS
 from customers.ids import parse_public_id
@@ -102,6 +103,11 @@ def select(rows: QuerySet[Customer], query: Mapping[str, Any], *, organization: 
         rows = rows.filter(is_active=query["is_active"])
     if "updated_since" in query:
         rows = rows.filter(updated_at__gte=query["updated_since"])
+        of_them = Customer.objects.filter(organization=organization, updated_at__gte=query["updated_since"])
+        # The list is in another order than this index: of few the ids are read first, of many a page is soon full.
+        few = list(of_them.order_by("-updated_at", "-id").values_list("pk", flat=True)[: FEW + 1])
+        if len(few) <= FEW:
+            rows = rows.filter(pk__in=few)
     if "email" in query:
         rows = rows.filter(email_key=_email(query["email"]))
     if "phone" in query:
@@ -117,12 +123,17 @@ def select(rows: QuerySet[Customer], query: Mapping[str, Any], *, organization: 
     if "q" in query:
         rows = rows.filter(_meant(query["q"], organization))
     if "source_system" in query or "source_id" in query:
-        links = CustomerLink.objects.filter(connection__organization=organization, deleted_at=None)
+        connections = Connection.objects.filter(organization=organization)
         if "source_system" in query:
-            links = links.filter(connection__provider=query["source_system"])
+            connections = connections.filter(provider=query["source_system"])
+        links = CustomerLink.objects.filter(
+            connection__in=list(connections.values_list("pk", flat=True)), deleted_at=None
+        )
         if "source_id" in query:
-            links = links.filter(remote_id=query["source_id"])
-        rows = rows.filter(pk__in=links.values("customer_id"))
+            known = links.filter(remote_id=query["source_id"]).values_list("customer_id", flat=True)
+            rows = rows.filter(pk__in=list(known))
+        else:
+            rows = rows.filter(Exists(links.filter(customer=OuterRef("pk"))))
     return rows
 
 
@@ -133,7 +144,7 @@ def _meant(text: str, organization: Organization) -> Q:
     """
     if (uid := parse_public_id("cust", text.strip())) is not None:
         merged = Customer.objects.filter(organization=organization, pk=uid, merged_into__isnull=False)
-        return Q(pk=uid) | Q(pk__in=merged.values("merged_into"))
+        return Q(pk__in=[uid, *merged.values_list("merged_into", flat=True)])
     found = Q(pk__in=[])
     if name := _name(text):
         found |= Q(name_key__startswith=name)

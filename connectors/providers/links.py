@@ -35,6 +35,7 @@ from connectors.exceptions import ConnectionUnusable, Gone, OutcomeUnknown, Reje
 from connectors.inbound.errors import Fault, dotted
 from connectors.inbound.fields import Text, well_formed
 from connectors.inbound.mirror import Mirror, read_query
+from connectors.inbound.totals import total_of
 from connectors.models import Connection, CustomerLink
 from connectors.outbound import Session
 from connectors.provider import ALWAYS, Capabilities, Outgoing, Page, Provider, Record
@@ -441,12 +442,19 @@ class UnifiedCustomers(Mirror):
 
     def page(self, rows: QuerySet[Customer], *, page: int, limit: int) -> Response:
         """The documented answer that shows a page of these."""
-        total = rows.count()
         first = (page - 1) * limit
-        found = with_leading(rows.order_by("id"))[first : first + limit] if first < total else ()
+        ordered = rows.order_by("id")
+        if first:
+            # An index alone tells which to skip; only those of the page are read.
+            ordered = ordered.filter(pk__in=rows.order_by("id")[first : first + limit + 1].values("pk"))
+        found = list(with_leading(ordered)[: limit + 1])
+        if found:
+            total = total_of(rows, least=first + len(found), ended=len(found) <= limit)
+        else:
+            total = min(total_of(rows), first)
         return Response(
             {
-                "data": self.shown_all([one(row) for row in found]),
+                "data": self.shown_all([one(row) for row in found[:limit]]),
                 "page": page,
                 "limit": limit,
                 "totalPages": -(-total // limit),

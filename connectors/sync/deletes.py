@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime, timedelta
+from math import ceil
 
 from django.db.models import Q
 
@@ -27,14 +28,16 @@ def plausible(*, connection: Connection, number: int, at: datetime) -> bool:
     recent += again.filter(tombstone__by=SYSTEM, tombstone__at__gt=since.isoformat()).count()
     if recent + number <= FEW:
         return True
-    live = links.filter(deleted_at=None).count()
-    if recent + number <= SHARE * (live + recent):
+    live = links.filter(deleted_at=None)
+    # Counted no further than it takes.
+    if recent + number <= SHARE * (live.values("pk")[: ceil((recent + number) / SHARE)].count() + recent):
         return True
+    linked = live.count() + recent
     issues.open_issue(
         connection=connection,
         kind=Issue.Kind.MASS_DELETE,
-        message=f"{recent + number} of {live + recent} customers seem to be deleted there. Nothing was changed here.",
-        details={"deleted": recent + number, "linked": live + recent},
+        message=f"{recent + number} of {linked} customers seem to be deleted there. Nothing was changed here.",
+        details={"deleted": recent + number, "linked": linked},
         at=at,
     )
     return False

@@ -593,7 +593,9 @@ def insert_intents(sendings: Sequence[Sending]) -> None:
     if not new:
         return
     bulk.insert(new)
-    stored = dict(PushIntent.objects.filter(key__in=[intent.key for intent in new]).values_list("key", "pk"))
+    # By link: that is what has an index.
+    rows = PushIntent.objects.filter(link__in={intent.link_id for intent in new}, key__in=[i.key for i in new])
+    stored = dict(rows.values_list("key", "pk"))
     for intent in new:
         intent.pk = stored[intent.key]
 

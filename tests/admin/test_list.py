@@ -1,5 +1,6 @@
 """The customers list: what its filters leave, what it costs, and what it counts."""
 
+from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -10,7 +11,8 @@ from django.test import Client
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
-from connectors.admin.filters import in_status
+from connectors.admin import filters
+from connectors.admin.filters import counts_by_status, in_status
 from connectors.models import Conflict, Connection, CustomerLink
 from connectors.states import STATUSES
 from customers import admin, editing
@@ -126,6 +128,57 @@ def test_the_filter_calls_a_link_what_its_page_calls_it(
         assert {one.customer_id for one in in_status(key, connections, now=now)} == expected, key
         shown = client.get(LIST, {"state": key}).context["cl"].result_list
         assert {customer.pk for customer in shown} == expected, key
+    counts = counts_by_status(connections, now=now)
+    for connection in connections:
+        own = [one.status_key(now=now) for one in links if one.connection_id == connection.pk]
+        assert counts[connection.pk] == Counter(own)
+
+
+def test_a_large_connection_is_counted_no_further_than_an_index_goes(
+    organization: Organization, connect: Callable[..., Connection], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(filters, "COUNTED", 2)
+    large, small = connect("links", name="L", account="1", direction="push"), connect("commenda", direction="push")
+    for connection, number in ((large, 3), (small, 2)):
+        for _ in range(number):
+            link(new(organization), connection)
+            link(new(organization), connection, state="rejected", needed_version=1)
+    link(new(organization), small)
+    counts = counts_by_status([large, small], now=timezone.now())
+    assert str(counts[large.pk]["rejected"]) == "more than 2"
+    assert counts[small.pk]["rejected"] == 2
+    assert all(isinstance(one.get("in_sync", admin.MoreThan(0)), admin.MoreThan) for one in counts.values())
+
+
+def test_what_no_index_tells_is_looked_for_among_the_newest_and_says_so(
+    organization: Organization, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for n in range(4):
+        new(organization, name=f"C {n}", email="same@example.com")
+    client = staff(organization, *LOOK)
+    words = "among the 2 customers that were changed last"
+    for query in ({"state": "not_linked"}, {"duplicates": "email"}):
+        assert names(client, **query) == {"C 0", "C 1", "C 2", "C 3"}
+        with monkeypatch.context() as lowered:
+            lowered.setattr(admin, "LOOKED_AT", 2)
+            page = client.get(LIST, query)
+            assert {one.name for one in page.context["cl"].result_list} == {"C 2", "C 3"}
+            assert words in page.content.decode()
+        assert words not in client.get(LIST, query).content.decode()
+
+
+def test_many_hits_are_counted_no_further_than_they_are_paged_through(
+    organization: Organization, connect: Callable[..., Connection], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(admin, "RARE", 3)
+    monkeypatch.setattr(admin, "COUNTED_SLOWLY", 2)
+    shop = connect("links", direction="push")
+    for _ in range(5):
+        link(new(organization), shop, state="rejected", needed_version=1)
+    client = staff(organization, *LOOK)
+    assert "more than 2" in client.get(LIST, {"state": "rejected"}).content.decode()
+    # Of those that were read first too few are hits of the other filter, too.
+    assert client.get(LIST, {"state": "rejected", "archived": "yes"}).context["cl"].result_count == 0
 
 
 def test_the_list_costs_the_same_whatever_it_shows(

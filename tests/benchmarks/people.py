@@ -6,10 +6,13 @@ no worker has anything to do but for the few links that wait.
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from types import MappingProxyType
 from typing import Any
 from uuid import UUID
 
@@ -21,6 +24,7 @@ from customers.normalize import email_key, name_key, phone_key
 
 CHUNK = 10_000
 BEGAN = datetime(2024, 1, 1, tzinfo=UTC)
+SPAN = timedelta(days=1000)
 COMPANIES, COPIES, LOOK_ALIKES, ARCHIVED = 0.12, 0.04, 0.04, 0.01
 
 
@@ -346,16 +350,24 @@ def customer_id(moment: datetime, chance: random.Random) -> UUID:
     return UUID(int=high << 64 | 0x2 << 62 | chance.getrandbits(62))
 
 
-def fill(*, count: int, seed: int = 1, slug: str = "people") -> Organization:
-    """Make an organization with this many customers and three connections that know most, half and few of them."""
-    organization = Organization.objects.create(name="People", slug=slug, country="DE")
-    shares = {"shop": 0.9, "books": 0.5, "mail": 0.2}
-    connections = {
+SHARES = {"shop": 0.9, "books": 0.5, "mail": 0.2}
+
+
+def _connections(organization: Organization, names: Iterable[str]) -> dict[str, Connection]:
+    return {
         name: Connection.objects.create(
             organization=organization, provider="links", name=name, account=name, direction=Connection.Direction.PUSH
         )
-        for name in shares
+        for name in names
     }
+
+
+def fill(
+    *, count: int, seed: int = 1, slug: str = "people", shares: Mapping[str, float] = MappingProxyType(SHARES)
+) -> Organization:
+    """Make an organization with this many customers, and connections of these names that know this share of them."""
+    organization = Organization.objects.create(name="People", slug=slug, country="DE")
+    connections = _connections(organization, shares)
     chance = random.Random(seed + 1)
     tables = Table(Customer), Table(CustomerChange), Table(CustomerLink)
     for number, values in enumerate(customers(count, seed=seed)):
@@ -366,7 +378,8 @@ def fill(*, count: int, seed: int = 1, slug: str = "people") -> Organization:
                 for table in tables:
                     table.write()
     with connection.cursor() as cursor:
-        cursor.execute("ANALYZE" if connection.vendor != "postgresql" else "VACUUM ANALYZE")
+        vacuums = connection.vendor == "postgresql" and not connection.in_atomic_block
+        cursor.execute("VACUUM ANALYZE" if vacuums else "ANALYZE")
     return organization
 
 
@@ -455,3 +468,104 @@ def _link(
         updated_at=at,
         **state,
     )
+
+
+# A copy of a customer is another one: registered later, with an id and an address of its own, and one in three with a
+# name that nobody else has. `%(copy)s` tells the copies apart, `%(later)s` is in milliseconds.
+_LATER = "%(later)s * interval '1 millisecond'"
+_OTHER_ID = (
+    "(lpad(to_hex(('x' || left(translate({0}::text, '-', ''), 12))::bit(48)::bigint + %(later)s), 12, '0')"
+    " || substr(translate({0}::text, '-', ''), 13))::uuid"
+)
+_LETTERS = "translate(left(md5(id::text || %(copy)s), 7), '0123456789', 'ghijklmnop')"
+_RARE = "CASE WHEN get_byte(uuid_send(id), 15) % 3 = 0 THEN '-' || {0} ELSE '' END"
+_COPIED: Mapping[type[models.Model], Mapping[str, str]] = {
+    Customer: {
+        "id": _OTHER_ID.format("id"),
+        "organization_id": "%(organization)s",
+        "name": f"name || {_RARE.format(f'initcap({_LETTERS})')}",
+        "name_key": f"name_key || {_RARE.format(_LETTERS)}",
+        "email": "replace(email, '@', '.%(copy)s@')",
+        "email_key": "replace(email_key, '@', '.%(copy)s@')",
+        "phone": "CASE phone WHEN '' THEN '' ELSE left(phone, -3) || lpad('%(copy)s', 3, '0') END",
+        "phone_key": "CASE phone_key WHEN '' THEN '' ELSE left(phone_key, -3) || lpad('%(copy)s', 3, '0') END",
+        "created_at": f"created_at + {_LATER}",
+        "updated_at": f"updated_at + {_LATER}",
+    },
+    CustomerChange: {
+        "organization_id": "%(organization)s",
+        "customer_id": _OTHER_ID.format("customer_id"),
+        "at": f"at + {_LATER}",
+    },
+    CustomerLink: {
+        "uid": "gen_random_uuid()",
+        "customer_id": _OTHER_ID.format("customer_id"),
+        "connection_id": "coalesce('%(connections)s'::jsonb ->> connection_id::text, connection_id::text)::bigint",
+        "remote_id": "remote_id || '.%(copy)s'",
+        "remote_data": "jsonb_build_object('id', remote_id || '.%(copy)s')",
+        "synced_at": f"synced_at + {_LATER}",
+        "created_at": f"created_at + {_LATER}",
+        "updated_at": f"updated_at + {_LATER}",
+    },
+}
+
+
+def multiply(organization: Organization, *, times: int) -> None:
+    """Have what `fill` made `times` over, on PostgreSQL; three in ten copies belong to three smaller organizations.
+
+    PostgreSQL itself makes the copies, without indexes, which it builds afterwards: some 20,000 customers a second with
+    all that belongs to them.
+    """
+    connections = dict(organization.connections.values_list("name", "pk"))
+    owners = [(organization.pk, {pk: pk for pk in connections.values()})]
+    for number in range(3):
+        other = Organization.objects.create(name=f"Branch {number}", slug=f"branch-{number}", country="DE")
+        there = _connections(other, connections)
+        owners.append((other.pk, {pk: there[name].pk for name, pk in connections.items()}))
+    with connection.cursor() as cursor:
+        cursor.execute("SET maintenance_work_mem = '1GB'; SET synchronous_commit = off; SET jit = off")
+        with ExitStack() as stack:
+            for model in _COPIED:
+                _without_indexes(cursor, model._meta.db_table, stack)
+            for copy in range(1, times):
+                owner, there = owners[max(copy % 10 - 6, 0)]
+                known = {
+                    "copy": copy,
+                    "later": int(SPAN.total_seconds() * 1000 * copy / times),
+                    "organization": owner,
+                    "connections": json.dumps(there),
+                }
+                for model in _COPIED:
+                    add_copies(cursor, model, source=f"{model._meta.db_table}_first", **known)
+        cursor.execute("VACUUM ANALYZE")
+
+
+def add_copies(cursor: Any, model: type[models.Model], *, source: str, **known: object) -> None:
+    """Insert a copy of each row that `source`, a table or a subquery, has."""
+    fields = [f for f in model._meta.concrete_fields if not f.has_db_default()]
+    names = [str(f.column) for f in fields if not isinstance(f, models.AutoField)]
+    values = ", ".join(_COPIED[model].get(name, name) for name in names)
+    for key, value in known.items():
+        values = values.replace(f"%({key})s", str(value))
+    cursor.execute(f"INSERT INTO {model._meta.db_table} ({', '.join(names)}) SELECT {values} FROM {source}")
+
+
+def _without_indexes(cursor: Any, table: str, stack: ExitStack) -> None:
+    """Keep the rows as they are now in `<table>_first`; indexes, keys and triggers come back when `stack` closes."""
+    cursor.execute(f"CREATE TEMPORARY TABLE {table}_first AS TABLE {table}")
+    stack.callback(cursor.execute, f"DROP TABLE {table}_first")
+    cursor.execute(f"ALTER TABLE {table} DISABLE TRIGGER USER")
+    stack.callback(cursor.execute, f"ALTER TABLE {table} ENABLE TRIGGER USER")
+    cursor.execute(
+        "SELECT conrelid::regclass, quote_ident(conname), pg_get_constraintdef(oid) FROM pg_constraint"
+        " WHERE %s::regclass IN (conrelid, confrelid) AND contype IN ('f', 'p', 'u') ORDER BY contype IN ('p', 'u')",
+        [table],
+    )
+    for of, name, definition in cursor.fetchall():
+        cursor.execute(f"ALTER TABLE {of} DROP CONSTRAINT {name}")
+        late = " NOT VALID" if definition.startswith("FOREIGN") else ""
+        stack.callback(cursor.execute, f"ALTER TABLE {of} ADD CONSTRAINT {name} {definition}{late}")
+    cursor.execute("SELECT quote_ident(indexname), indexdef FROM pg_indexes WHERE tablename = %s", [table])
+    for name, definition in cursor.fetchall():
+        cursor.execute(f"DROP INDEX {name}")
+        stack.callback(cursor.execute, definition)

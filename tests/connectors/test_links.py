@@ -12,6 +12,7 @@ from django.test import Client
 from django.test.utils import CaptureQueriesContext
 
 from connectors.exceptions import Gone, Rejected
+from connectors.inbound import totals
 from connectors.models import Connection, CustomerLink
 from connectors.provider import Outgoing
 from connectors.providers import PROVIDERS
@@ -118,6 +119,21 @@ def test_a_create_answers_what_a_read_answers_next(
     data = call("POST", ONE, example("create.request")).json()["data"]
     assert (data["source_system"], data["local_was_updated"]) == ("links", True)
     assert call("GET", f"{ONE}/{data['id']}").json()["data"] == data
+
+
+def test_whoever_reads_on_until_the_last_page_reads_all(
+    call: Callable[..., Any], organization: Organization, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the total is estimated, and wrongly: nothing was analysed since the customers came."""
+    monkeypatch.setattr(totals, "COUNTED", 3)
+    editing.create(organization=organization, values=[{"name": f"C {n}"} for n in range(25)], actor=ACTOR)
+    read, page, last = [], 1, 1
+    while page <= last:
+        answer = call("GET", f"{MANY}?page={page}&limit=10").json()
+        read += [one["id"] for one in answer["data"]]
+        page, last = page + 1, answer["totalPages"]
+    assert len(set(read)) == len(read) == 25
+    assert answer["totalResults"] == 25
 
 
 def test_the_list_has_pages_and_totals(call: Callable[..., Any], organization: Organization) -> None:

@@ -19,6 +19,7 @@ from rest_framework.response import Response
 
 from connectors.inbound.errors import Fault
 from connectors.inbound.mirror import Mirror, read_query
+from connectors.inbound.totals import FEW, total_of
 from connectors.models import Connection, CustomerLink
 from connectors.provider import Record
 from connectors.providers.commenda.shapes import (
@@ -43,7 +44,7 @@ from connectors.providers.commenda.wire import (
     show,
 )
 from connectors.sync.receive import CREATED, receive
-from customers import editing
+from customers import editing, search
 from customers.models import Customer
 from customers.normalize import clean_text, name_key
 
@@ -293,12 +294,12 @@ class Customers(Mirror):
         query = read_query(ListQuery, request)
         connection = self.corporation(query["corporation_id"])
         rows = self.matching(self.links().filter(connection=connection, customer__archived_at=None), query)
-        total = rows.count()
         after = query.get("cursor", 0)
         primary = CustomerLink.objects.filter(is_primary=True, deleted_at=None).select_related("connection")
         rows = rows.prefetch_related(Prefetch("customer__links", queryset=primary, to_attr="leading_links"))
         found = list(rows.filter(pk__gt=after).order_by("pk")[: query["limit"] + 1])
         page = found[: query["limit"]]
+        total = total_of(rows, least=len(found), ended=not after and len(found) <= query["limit"])
         extend = query.get("extend", ())
         listed = {
             "customers": [
@@ -323,15 +324,21 @@ class Customers(Mirror):
             )
         if term := name_key(query.get("search_term", "")):
             rows = rows.filter(customer__organization=self.organization, customer__name_key__contains=term)
+            named = search.named(term, organization=self.organization)
+            if named is not None and len(few := list(named.values_list("pk", flat=True)[: FEW + 1])) <= FEW:
+                rows = rows.filter(customer__in=few)
         platforms, ids = query.get("source_platforms"), query.get("source_platform_ids")
         if platforms or ids:
-            source = CustomerLink.objects.filter(
-                customer=OuterRef("customer"), is_primary=True, deleted_at=None
-            ).exclude(connection=OuterRef("connection"))
+            sources = Connection.objects.filter(organization=self.organization)
             if platforms:
-                source = source.filter(connection__provider__in=platforms)
+                sources = sources.filter(provider__in=platforms)
+            source = CustomerLink.objects.filter(
+                connection__in=list(sources.values_list("pk", flat=True)), is_primary=True, deleted_at=None
+            )
             if ids:
                 source = source.filter(remote_id__in=ids)
+                rows = rows.filter(customer__in=list(source.values_list("customer", flat=True)))
+            source = source.filter(customer=OuterRef("customer")).exclude(connection=OuterRef("connection"))
             rows = rows.filter(Exists(source))
         return rows
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from urllib.parse import parse_qs
 
 from django.db import transaction
-from django.db.models import Case, F, TextField, Value, When
+from django.db.models import Case, F, QuerySet, TextField, Value, When
 from django.db.models.fields.json import KT
 from django.db.models.functions import Cast, Coalesce, Greatest
 from django.utils import timezone
@@ -23,6 +23,7 @@ from connectors.inbound import fields
 from connectors.inbound.authentication import BearerKey
 from connectors.inbound.errors import Fault, dotted
 from connectors.inbound.mirror import Mirror
+from connectors.inbound.totals import FEW, total_of
 from connectors.models import Connection, CustomerLink, SyncRun
 from connectors.provider import Record
 from connectors.providers.rootfi import shapes
@@ -50,6 +51,7 @@ from connectors.providers.rootfi.wire import (
 )
 from connectors.sync.receive import Received, receive
 from customers.editing import LENGTHS, Actor
+from customers.models import Customer
 from customers.normalize import email_key, name_key
 
 MAX_BATCH = 500
@@ -322,8 +324,8 @@ class Customers(RootFiMirror):
         rows = CustomerLink.objects.filter(connection__in=list(companies), customer__organization=self.organization)
         if not listing.include_deleted:
             rows = rows.filter(deleted_at=None, customer__archived_at=None)
-        rows = listing.filtered(rows, self.fields)
-        total = rows.count() if listing.count else None
+        rows = self.changed(listing.filtered(rows, self.fields), listing, companies)
+        total = total_of(rows) if listing.count else None
         links, prev, following = listing.page(
             rows.select_related("customer").defer("base_local", "base_remote", "customer__custom_fields"),
             lambda link: {
@@ -341,6 +343,27 @@ class Customers(RootFiMirror):
                 shown["data_hash"] = data_hash(link.remote_data)
             data.append(shown)
         return Response({"data": data, "prev": prev, "next": following, "total_count": total})
+
+    def changed(
+        self, rows: QuerySet[CustomerLink], listing: Listing, companies: Mapping[int, int]
+    ) -> QuerySet[CustomerLink]:
+        """The rows, where a filter on `rootfi_updated_at` leaves few of them less the others.
+
+        That moment is the later one of two tables', so no index has it: what has changed in either is read first.
+        """
+        filters = [(how, values[0]) for name, how, values in listing.filters if name == "rootfi_updated_at"]
+        since = [moment for how, moment in filters if how in ("gt", "gte") and moment]
+        if not since:
+            return rows
+        links = CustomerLink.objects.filter(connection__in=list(companies))
+        customers = Customer.objects.filter(organization=self.organization, updated_at__gte=max(since))
+        theirs = list(customers.order_by("-updated_at", "-id").values_list("pk", flat=True)[: FEW + 1])
+        own = links.filter(updated_at__gte=max(since)).order_by().values_list("pk", flat=True)
+        few = set(own[: FEW + 1])
+        if len(few) > FEW or len(theirs) > FEW:
+            return rows
+        few.update(links.filter(customer__in=theirs).values_list("pk", flat=True))
+        return rows.filter(pk__in=few)
 
 
 class Syncs(RootFiMirror):

@@ -1,0 +1,33 @@
+"""How many there are, for documented answers that have to say it, and how many are few."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from django.db import connections
+from django.db.models import QuerySet
+
+# So many are counted; more than that PostgreSQL estimates.
+COUNTED = 10_000
+# Of no more hits than this the ids are read first, where a list is in another order than the index that finds them.
+# Of more a page is soon full, however it is read.
+FEW = 5000
+
+
+def total_of(rows: QuerySet[Any], *, least: int = 0, ended: bool = False) -> int:
+    """How many rows there are: exactly up to COUNTED, then on PostgreSQL about as many.
+
+    At least `least`, as many as are known of; exactly that where it is known to be all (`ended`). So whoever reads one
+    page after the other until the last is never told too early that there are no more.
+    """
+    if ended:
+        return least
+    rows = rows.order_by().values("pk")
+    if connections[rows.db].vendor != "postgresql":
+        return rows.count()
+    number = rows[: COUNTED + 1].count()
+    if number <= COUNTED:
+        return number
+    estimated = json.loads(rows.explain(format="json"))[0]["Plan"]["Plan Rows"]
+    return max(int(estimated), number, least)
