@@ -13,16 +13,12 @@ from __future__ import annotations
 
 import csv
 import os
-import resource
-import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -50,10 +46,7 @@ def main() -> None:
         from django.db import connection
 
         bench = Bench(folder, ROWS[chosen.size], chosen.size)
-        if connection.vendor == "postgresql":
-            figures = postgresql(bench, rounds)
-        else:
-            figures = sqlite(bench, rounds)
+        figures = postgresql(bench, rounds) if connection.vendor == "postgresql" else sqlite(bench, rounds)
         figures += memory(bench)
     report(figures)
 
