@@ -144,7 +144,8 @@ def _receive(
         link = links.get(key)
         edit = edited[targets[key]]
         if link is not None and connection is not None:
-            before = _told(link) if connection.calls_us and link.run_id is None else None
+            quiet = connection.calls_us and fields is None and link.run_id is None
+            before = _told(link) if quiet else None
             stamp = link.sync_seq, link.synced_at, link.updated_at
             _take(link, record, edit.customer, merges.get(key), fields if connection.pushes else None, at)
             if before is None or _told(link) != before:

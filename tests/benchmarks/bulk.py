@@ -6,22 +6,27 @@ Uses a database of its own. The hub reads a CSV file of realistic customers with
 links and change rows in restartable transactions. The yardstick puts the very same rows, as bytes that were made
 before, into the same three tables: COPY into temporary tables and INSERT … ON CONFLICT; on SQLite `executemany`.
 Rates are rows per second of CPU time, of this process and of PostgreSQL's own together: they hold on a busy machine.
-With two workers, and for memory, processes of their own are measured; there the clock counts.
+Memory is that of a process of its own for each size of file.
 """
 
 from __future__ import annotations
 
 import csv
 import os
+import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
+from uuid import UUID
 
 from tests.benchmarks.measuring import Figure, in_turn, options, own_database, ratio, report
 
@@ -248,7 +253,77 @@ def postgresql(bench: Bench, rounds: int) -> list[Figure]:
     figures.append(nothing(rows, written, log))
     kept = in_turn(same, rounds=rounds)
     figures.append(figure("G2", "unchanged rows, by raw re-sync", kept, "hub", "raw", 0.6))
-    return figures
+    return figures + peers(bench, rounds)
+
+
+def peers(bench: Bench, rounds: int) -> list[Figure]:
+    """Other ways to take the same customers, without links and change rows, in small samples."""
+    from customers.models import Customer
+
+    with bench.sample.open(encoding="utf-8", newline="") as file:
+        given = list(csv.DictReader(file))
+    fields = COLUMNS[1:12]
+
+    def customers() -> list[Customer]:
+        now = datetime.now(UTC)
+        return [
+            Customer(
+                **{name: row[name] for name in fields},
+                organization=bench.organization,
+                created_at=now,
+                updated_at=now,
+                name_key=row["name"].lower(),
+            )
+            for row in given
+        ]
+
+    def at_once() -> None:
+        Customer.objects.bulk_create(
+            customers(), batch_size=1000, update_conflicts=True, unique_fields=["id"], update_fields=[*fields]
+        )
+
+    def singly() -> None:
+        now = datetime.now(UTC)
+        for row in given:
+            values = {name: row[name] for name in fields}
+            Customer.objects.update_or_create(
+                organization=bench.organization,
+                email=row["email"],
+                name=row["name"],
+                defaults=values,
+                create_defaults={**values, "created_at": now, "updated_at": now},
+            )
+
+    sides = {"hub": partial(bench.take, bench.sample), "bulk_create": at_once, "update_or_create": singly}
+    aims = {"bulk_create": 6.0, "update_or_create": None, "django-import-export": 100.0}
+    if find_spec("import_export"):
+        sides["django-import-export"] = partial(as_the_admin_imports, given, fields, bench.organization.pk)
+    else:
+        sys.stdout.write("django-import-export is not installed: uv sync --group benchmarks\n")
+    measured = {name: partial(rate, do, rows=len(given), before=empty) for name, do in sides.items()}
+    kept = in_turn(measured, rounds=rounds)
+    return [figure("G1", f"new rows, by {name}", kept, "hub", name, aims[name]) for name in sides if name != "hub"]
+
+
+def as_the_admin_imports(given: Sequence[dict[str, str]], fields: Sequence[str], organization: int) -> None:
+    """A dry run of all rows, then all rows."""
+    import tablib
+    from import_export.resources import modelresource_factory
+
+    from customers.models import Customer
+
+    now = datetime.now(UTC).isoformat()
+    columns = ("id", *fields, "organization", "created_at", "updated_at")
+    resource = modelresource_factory(Customer)()
+    resource.fields = {name: field for name, field in resource.fields.items() if name in columns}
+    rows = [
+        (str(UUID(int=number + 1)), *(row[name] for name in fields), organization, now, now)
+        for number, row in enumerate(given)
+    ]
+    data = tablib.Dataset(*rows, headers=columns)
+    for dry_run in (True, False):
+        done = resource.import_data(data, dry_run=dry_run, raise_errors=True)
+        assert done.total_rows == len(given)
 
 
 def written_rows() -> int:
@@ -277,12 +352,121 @@ def nothing(rows: int, written: int, log: str) -> Figure:
     )
 
 
+# SQLite
+
+
 def sqlite(bench: Bench, rounds: int) -> list[Figure]:
-    return []
+    """Each side begins with a copy of the database as it was before the first row."""
+    from django.db import connection
+
+    rows, file = bench.rows, Path(str(connection.settings_dict["NAME"]))
+    clean, filled = bench.folder / "clean.sqlite3", bench.folder / "filled.sqlite3"
+
+    def keep(path: Path) -> None:
+        connection.close()
+        shutil.copyfile(file, path)
+
+    def put_back(path: Path) -> None:
+        connection.close()
+        for end in ("-wal", "-shm"):
+            Path(f"{file}{end}").unlink(missing_ok=True)
+        shutil.copyfile(path, file)
+
+    keep(clean)
+    with silent():
+        bench.take(bench.file)
+    stored = [ready_rows(table) for table in TABLES]
+    keep(filled)
+
+    def executemany(tables: Sequence[tuple[str, Sequence[Any]]]) -> None:
+        from django.db import transaction
+
+        with transaction.atomic():
+            # Not Django's cursor: it would look for the marks in every statement.
+            cursor = connection.connection.cursor()
+            for statement, values in tables:
+                cursor.executemany(statement, values)
+
+    new = {
+        "hub": partial(rate, partial(bench.take, bench.file), rows=rows, before=partial(put_back, clean)),
+        "raw": partial(rate, partial(executemany, stored), rows=rows, before=partial(put_back, clean)),
+    }
+    same = {
+        "hub": partial(rate, partial(bench.take, bench.file), rows=rows, before=partial(put_back, filled)),
+        "raw": partial(rate, partial(executemany, stored[:2]), rows=rows, before=partial(put_back, filled)),
+    }
+    return [
+        figure("G10", "new rows, by raw executemany", in_turn(new, rounds=rounds), "hub", "raw", 0.5),
+        figure("G10", "unchanged rows, by raw executemany", in_turn(same, rounds=rounds), "hub", "raw", 0.5),
+    ]
+
+
+def ready_rows(table: str) -> tuple[str, Sequence[Any]]:
+    """The statement that puts the rows of a table back where they are not the same, and those rows."""
+    from django.db import connection
+
+    cursor = connection.connection.cursor()
+    cursor.execute(f"SELECT * FROM {table}")
+    names = [column[0] for column in cursor.description]
+    keys = KEYS[table]
+    rest = [name for name in names if name not in ("id", *keys)]
+    sets = ", ".join(f"{name} = excluded.{name}" for name in rest)
+    moved = " OR ".join(f"{table}.{name} IS NOT excluded.{name}" for name in rest)
+    statement = (
+        f"INSERT INTO {table} ({', '.join(names)}) VALUES ({', '.join('?' * len(names))})"
+        f" ON CONFLICT ({', '.join(keys)}) DO UPDATE SET {sets} WHERE {moved}"
+    )
+    return statement, [tuple(row) for row in cursor.fetchall()]
+
+
+# Memory
 
 
 def memory(bench: Bench) -> list[Figure]:
-    return []
+    """Peak memory of the command itself, for two sizes of file."""
+    figures = []
+    if not MEMORY[bench.size]:
+        return []
+    few, many = MEMORY[bench.size]
+    names = "import_customers", "export_customers"
+    peaks: dict[str, list[float]] = {name: [] for name in names}
+    for rows in (few, many):
+        file, out = bench.write(f"{rows}.csv", rows), bench.folder / f"{rows}-out.csv"
+        peaks["import_customers"].append(peak("import_customers", str(file), "--organization=demo", "--json"))
+        if rows == few:
+            peaks["export_customers"].append(peak("export_customers", str(out), "--organization=demo"))
+    peaks["export_customers"].append(peak("export_customers", str(bench.folder / "all-out.csv"), "--organization=demo"))
+    for name, (small, large) in peaks.items():
+        what = f"{name}: peak memory, {many:,} rows by {few:,}"
+        figures.append(
+            Figure(goal="G3", what=what, hub=large, yardstick=small, unit="MB", ratio=large / small, at_most=1.15)
+        )
+        figures.append(
+            Figure(
+                goal="G3",
+                what=f"{name}: peak memory, by 150 MB",
+                hub=large,
+                yardstick=150,
+                unit="MB",
+                ratio=large / 150,
+                at_most=1,
+            )
+        )
+    return figures
+
+
+def peak(*command: str) -> float:
+    """The most memory that a command held, in megabytes. Linux counts in kilobytes."""
+    script = (
+        "import resource, sys; from django.core.management import execute_from_command_line as run\n"
+        "try: run(sys.argv)\n"
+        "finally: sys.stderr.write(f'\\n{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *command], capture_output=True, text=True, check=False, cwd=Path.cwd()
+    )
+    assert done.returncode == 0, done.stderr
+    return int(done.stderr.split()[-1]) * 1024 / MEGABYTE
 
 
 if __name__ == "__main__":
