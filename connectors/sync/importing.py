@@ -182,13 +182,22 @@ def _moved(before: Customer | None, after: Customer, names: Iterable[str]) -> di
 
 
 def _without_repeats(rows: Sequence[Row]) -> list[list[Row]]:
-    """The rows in parts: of rows with the same id or external id, the second is in the second part, and so on."""
+    """The rows in parts: of rows with the same id or external id, the second is in the second part, and so on.
+
+    Whether a row with an id and one with an external id mean the same customer is not known here: the later one is in a
+    later part.
+    """
     parts: list[list[Row]] = []
     seen: Counter[tuple[str, object]] = Counter()
+    first, by_id = 0, None
     for row in rows:
         keys: list[tuple[str, object]] = [("id", row.customer_id)] if row.customer_id else []
         keys += [("external_id", row.external_id)] if row.external_id else []
-        place = max((seen[key] for key in keys), default=0)
+        if keys:
+            if by_id is not None and by_id != bool(row.customer_id):
+                first = len(parts)
+            by_id = bool(row.customer_id)
+        place = max(first, *(seen[key] for key in keys)) if keys else first
         for key in keys:
             seen[key] = place + 1
         while len(parts) <= place:
