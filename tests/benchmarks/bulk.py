@@ -247,10 +247,10 @@ def postgresql(bench: Bench, rounds: int) -> list[Figure]:
         "hub": partial(rate, partial(bench.take, bench.file), rows=rows),
         "raw": partial(rate, partial(raw, stored[:2]), rows=rows),
     }
-    written, log = written_rows(), value("SELECT pg_current_wal_lsn()")
+    written = written_rows()
     with silent():
         bench.take(bench.file)
-    figures.append(nothing(rows, written, log))
+    figures.append(nothing(rows, written))
     kept = in_turn(same, rounds=rounds)
     figures.append(figure("G2", "unchanged rows, by raw re-sync", kept, "hub", "raw", 0.6))
     return figures + peers(bench, rounds)
@@ -337,10 +337,8 @@ def written_rows() -> int:
     )
 
 
-def nothing(rows: int, written: int, log: str) -> Figure:
+def nothing(rows: int, written: int) -> Figure:
     now = written_rows()
-    size = value(f"SELECT pg_wal_lsn_diff(pg_current_wal_lsn(), '{log}')")
-    sys.stdout.write(f"unchanged rows: {size / rows:.1f} bytes of log a row\n")
     return Figure(
         goal="G2",
         what="rows written for unchanged ones",
