@@ -21,7 +21,7 @@ from django.dispatch import Signal
 from django.utils import timezone
 
 from customers import bulk
-from customers.ids import uuid7
+from customers.ids import uuid7, uuid7s
 from customers.models import Customer, CustomerChange, MergeRecord, Note, Organization
 from customers.normalize import (
     clean_text,
@@ -57,6 +57,9 @@ LENGTHS: Mapping[str, int] = {
     for name in (*TEXTS, "name_key", "email_key", "phone_key")
     if isinstance(column := Customer._meta.get_field(name), models.CharField) and column.max_length
 }
+_LENGTH_OF = {name: LENGTHS[name] for name in TEXTS}
+# So many characters one may become by composition.
+MOST_COMPOSED = 3
 
 Values = Mapping[str, Any]
 
@@ -140,7 +143,16 @@ def problems(values: Values, *, creating: bool) -> dict[str, list[str]]:
     """
     found: dict[str, list[str]] = {}
     for name, value in values.items():
-        if name in FLAGS:
+        if (length := _LENGTH_OF.get(name)) is not None:
+            if value is None or value == "":
+                continue
+            if not isinstance(value, str):
+                found[name] = ["Give a text."]
+            elif not value.isprintable() and has_control_characters(value):
+                found[name] = ["Remove the control characters."]
+            elif len(value) * (1 if value.isascii() else MOST_COMPOSED) > length and len(clean_text(value)) > length:
+                found[name] = [f"Use at most {length} characters."]
+        elif name in FLAGS:
             if not isinstance(value, bool):
                 found[name] = ["Give true or false."]
         elif name == "custom_fields":
@@ -148,24 +160,28 @@ def problems(values: Values, *, creating: bool) -> dict[str, list[str]]:
                 found[name] = ["Give an object of names and values."]
             elif wrong := _unstorable(value):
                 found[name] = [wrong]
-        elif name not in LENGTHS or name not in TEXTS:
+        else:
             found[name] = ["A customer has no such field."]
-        elif value is not None and not isinstance(value, str):
-            found[name] = ["Give a text."]
-        elif value and has_control_characters(value):
-            found[name] = ["Remove the control characters."]
-        elif value and len(clean_text(value)) > LENGTHS[name]:
-            found[name] = [f"Use at most {LENGTHS[name]} characters."]
-    named = "name" in values or (creating and ("first_name" in values or "last_name" in values))
-    if named and "name" not in found:
-        name = values.get("name") or join_name(values.get("first_name") or "", values.get("last_name") or "")
-        if not clean_text(str(name)):
-            found["name"] = ["A customer needs a name."]
-        elif len(clean_text(str(name))) > LENGTHS["name"]:
-            found["name"] = [f"Use at most {LENGTHS['name']} characters for first and last name together."]
-    elif creating and not named:
-        found["name"] = ["A customer needs a name."]
+    if "name" not in found and (wrong := name_problem(values, creating=creating)):
+        found["name"] = [wrong]
     return found
+
+
+def name_problem(values: Values, *, creating: bool) -> str:
+    """What keeps these values, each well-formed, from giving the customer a name; "" when nothing does."""
+    if not creating and "name" not in values:
+        return ""
+    name = values.get("name") or join_name(values.get("first_name") or "", values.get("last_name") or "")
+    cleaned = clean_text(str(name))
+    if not cleaned:
+        return "A customer needs a name."
+    if len(cleaned) > LENGTHS["name"]:
+        return f"Use at most {LENGTHS['name']} characters for first and last name together."
+    return ""
+
+
+class Checked(dict[str, Any]):
+    """Values for a new customer that `problems` found nothing wrong with: `create` does not look again."""
 
 
 def _unstorable(value: Any, depth: int = 0) -> str:
@@ -185,7 +201,7 @@ def _unstorable(value: Any, depth: int = 0) -> str:
 def _columns(values: Values, *, organization: Organization, before: Customer | None) -> dict[str, Any]:
     """The columns that these values set, derived ones included."""
     columns: dict[str, Any] = {
-        name: clean_text(value or "") if name in TEXTS else value for name, value in values.items()
+        name: clean_text(value or "") if name in _LENGTH_OF else value for name, value in values.items()
     }
     parts = {"first_name", "last_name"} & columns.keys()
     if parts and not columns.get("name"):
@@ -221,29 +237,40 @@ def _change(
         customer_id=customer.id,
         version=customer.version,
         at=at,
-        actor_kind=actor.kind,
-        actor_id=actor.id[:64],
-        actor_name=actor.name[:200],
-        request_id=actor.request_id[:64],
-        message=(actor.message or message)[:500],
         changes=_plain(changes),
+        **_author(actor, message),
     )
+
+
+def _author(actor: Actor, message: str = "") -> dict[str, str]:
+    """What a change row says of who made it, and why."""
+    return {
+        "actor_kind": actor.kind,
+        "actor_id": actor.id[:64],
+        "actor_name": actor.name[:200],
+        "request_id": actor.request_id[:64],
+        "message": (actor.message or message)[:500],
+    }
 
 
 def create(
     *, organization: Organization, values: Sequence[Values], actor: Actor, at: datetime | None = None
 ) -> list[Customer]:
     """New customers, in the order of `values`. Raises InvalidCustomer, and then stores none of them."""
-    if errors := {i: e for i, row in enumerate(values) if (e := problems(row, creating=True))}:
+    checked = ((i, problems(row, creating=True)) for i, row in enumerate(values) if not isinstance(row, Checked))
+    if errors := {i: wrong for i, wrong in checked if wrong}:
         raise InvalidCustomer(errors)
     at = at or timezone.now()
-    customers, changes = [], []
-    for row in values:
+    customers: list[Customer] = []
+    changes: list[CustomerChange] = []
+    blank = bulk.Mould(Customer, organization=organization, version=1, created_at=at, updated_at=at)
+    said = bulk.Mould(CustomerChange, organization=organization, version=1, at=at, **_author(actor))
+    for row, id_ in zip(values, uuid7s(len(values)), strict=True):
         columns = _columns(row, organization=organization, before=None)
-        customer = Customer(id=uuid7(), organization=organization, version=1, created_at=at, updated_at=at, **columns)
-        customers.append(customer)
-        filled = {name: [None, columns[name]] for name in EDITABLE if columns.get(name) not in (None, "", {})}
-        changes.append(_change(customer, filled, actor=actor, at=at))
+        columns["id"] = id_
+        customers.append(blank.make(columns))
+        filled = {name: [None, v] for name in EDITABLE if (v := columns.get(name)) or v is False}
+        changes.append(said.make({"customer_id": id_, "changes": filled}))
     with transaction.atomic(savepoint=False):
         bulk.insert(customers)
         bulk.insert(changes)

@@ -22,6 +22,13 @@ _BLANKS = "".join(
     character for character in map(chr, range(0x3001)) if character.isspace() and not _CONTROL.match(character)
 )
 
+_FIRST_MARK = "\u0300"
+# What validate_email takes at any rate, and quickly told. No part is longer than the whole.
+_LABEL_LENGTH = 63
+_USUAL_EMAIL = re.compile(
+    r"[a-z0-9]+(?:[._+-][a-z0-9]+)*@(?:[a-z0-9]+(?:-[a-z0-9]+)*\.)+[a-z]{2,}", re.ASCII | re.IGNORECASE
+)
+
 _PHONE_PUNCTUATION = str.maketrans("", "", " -./()")
 _PHONE_START = re.compile(r"[+\d]", re.ASCII)
 _NOT_DIGITS = re.compile(r"\D+", re.ASCII)
@@ -37,7 +44,7 @@ _ALREADY_E164 = re.compile(
 
 def clean_text(text: str) -> str:
     """The form in which text is stored: NFC without outer blanks; control characters stay where they are."""
-    return unicodedata.normalize("NFC", text).strip(_BLANKS)
+    return (text if text.isascii() else unicodedata.normalize("NFC", text)).strip(_BLANKS)
 
 
 def has_control_characters(text: str) -> bool:
@@ -57,6 +64,8 @@ def email_key(text: str) -> str:
 def is_email(text: str) -> bool:
     """Whether the text, outer blanks aside, is one well-formed address of at most 254 characters."""
     text = text.strip()
+    if len(text) <= _LABEL_LENGTH and _USUAL_EMAIL.fullmatch(text):
+        return True
     if len(text) > EMAIL_MAX_LENGTH:
         return False
     try:
@@ -121,7 +130,7 @@ def name_key(text: str) -> str:
     if not text.isascii():
         text = unicodedata.normalize("NFKD", text)
         text = unicodedata.normalize("NFKD", text.casefold())
-        text = "".join(c for c in text if unicodedata.category(c) != "Mn")
+        text = "".join([c for c in text if c < _FIRST_MARK or unicodedata.category(c) != "Mn"])
         text = unicodedata.normalize("NFKC", text)
     return " ".join(text.casefold().split())
 

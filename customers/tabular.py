@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date, datetime, time
-from itertools import zip_longest
 from pathlib import Path
 from typing import IO, Any
 from uuid import UUID
@@ -95,6 +94,8 @@ _FALSE = {"false", "no", "n", "0"}
 _FORMULA = re.compile("'*[=+\\-@\t\r\x00]")
 _PROTECTED = re.compile("'+[=+\\-@\t\r\x00]")
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")
+_TEXTS = frozenset(TEXTS)
+NO_COLUMN = "A cell has no column. Quote a cell that holds the separator, or name its column."
 # Characters that XML cannot hold, and texts that would read as such an escape.
 _XML_ESCAPED = re.compile("[\x00-\x08\x0b-\x1f\ud800-\udfff\ufffe\uffff]|_(?=x[0-9A-Fa-f]{4}_)")
 _XML_ESCAPE = re.compile("_x([0-9A-Fa-f]{4})_")
@@ -140,7 +141,7 @@ class Problem:
     message: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, slots=True)
 class Row:
     """One row of a file. `values` and `custom` hold the filled cells only; `empty` names the other columns."""
 
@@ -316,47 +317,55 @@ def _rows(lines: Iterator[list[Cell]], columns: Sequence[str | None], *, raw: bo
 
 def _row(number: int, cells: Sequence[Cell], columns: Sequence[str | None], *, raw: bool) -> Row:
     values: dict[str, Any] = {}
-    custom: dict[str, Any] = {}
-    ids: dict[str, str] = {}
-    empty = set()
+    others: dict[str, str] = {}
+    empty = []
     wrong: dict[str, str] = {}
-    for column, cell in zip_longest(columns, cells, fillvalue=""):
-        if column is None:
-            continue
-        if not column:
-            if cell:
-                wrong[""] = "A cell has no column. Quote a cell that holds the separator, or name its column."
-            continue
-        if isinstance(cell, _Wrong):
+    for column, cell in zip(columns, cells, strict=False):
+        if not cell:
+            if column:
+                empty.append(column)
+        elif not column:
+            if column is not None:
+                wrong[""] = NO_COLUMN
+        elif isinstance(cell, _Wrong):
             wrong[column] = f"The cell shows the spreadsheet error {cell.shown}."
-            continue
-        text = cell[1:] if not raw and _PROTECTED.match(cell) else cell
-        if not text.strip():
-            empty.add(column)
-        elif _NOT_UTF8.search(text):
-            wrong[column] = "The cell is not UTF-8. Save the file as CSV in UTF-8."
-        elif column in FLAGS:
+        else:
+            text = cell[1:] if cell[0] == "'" and not raw and _PROTECTED.match(cell) else cell
+            if text.isspace() or not text:
+                empty.append(column)
+            elif not text.isprintable() and _NOT_UTF8.search(text):
+                wrong[column] = "The cell is not UTF-8. Save the file as CSV in UTF-8."
+            elif column in _TEXTS:
+                values[column] = text
+            else:
+                others[column] = text
+    if len(cells) < len(columns):
+        empty += filter(None, columns[len(cells) :])
+    elif any(cells[len(columns) :]):
+        wrong[""] = NO_COLUMN
+    found = problems(values, creating=False) if values else {}
+    wrong |= {name: " ".join(messages) for name, messages in found.items()}
+    custom: dict[str, Any] = {}
+    customer_id = external_id = None
+    for column, text in others.items():
+        if column in FLAGS:
             word = text.strip().casefold()
             if word not in _TRUE | _FALSE:
                 wrong[column] = "Write true or false."
             values[column] = word in _TRUE
-        elif column in TEXTS:
-            values[column] = text
         elif column.startswith(CUSTOM):
             try:
                 custom[column.removeprefix(CUSTOM)] = _read_custom(text)
             except ValueError as error:
                 wrong[column] = str(error)
+        elif column == "id":
+            customer_id = parse_public_id("cust", text.strip())
+            if customer_id is None:
+                wrong["id"] = "This is no customer's id (cust_…). An id of another system belongs in external_id."
         else:
-            ids[column] = text.strip()
-    customer_id = parse_public_id("cust", ids["id"]) if "id" in ids else None
-    if "id" in ids and customer_id is None:
-        wrong["id"] = "This is no customer's id (cust_…). An id of another system belongs in external_id."
-    external_id = ids.get("external_id")
-    if external_id is not None and (len(external_id) > EXTERNAL_ID_LENGTH or has_control_characters(external_id)):
-        wrong["external_id"] = f"Use at most {EXTERNAL_ID_LENGTH} characters, without control characters."
-    found = problems({name: value for name, value in values.items() if name not in wrong}, creating=False)
-    wrong |= {name: " ".join(messages) for name, messages in found.items() if name not in wrong}
+            external_id = text.strip()
+            if len(external_id) > EXTERNAL_ID_LENGTH or has_control_characters(external_id):
+                wrong["external_id"] = f"Use at most {EXTERNAL_ID_LENGTH} characters, without control characters."
     return Row(
         number=number,
         values=values,
@@ -364,7 +373,7 @@ def _row(number: int, cells: Sequence[Cell], columns: Sequence[str | None], *, r
         customer_id=customer_id,
         external_id=external_id,
         empty=frozenset(empty),
-        problems=[Problem(row=number, field=name, message=message) for name, message in wrong.items()],
+        problems=[Problem(row=number, field=name, message=message) for name, message in wrong.items()] if wrong else (),
     )
 
 

@@ -19,15 +19,15 @@ from connectors.models import Connection, CustomerLink, ImportFile, SyncRun
 from connectors.provider import Record
 from connectors.sync import runs
 from connectors.sync.clock import database_clock
-from connectors.sync.receive import receive
-from customers import editing, tabular
+from connectors.sync.receive import UNCHANGED, nothing_new, receive
+from customers import bulk, editing, tabular
 from customers.editing import Actor
 from customers.models import Customer, Organization
 from customers.normalize import clean_text, is_email
 from customers.privacy import HIDDEN, PERSONAL
 from customers.tabular import Problem, Row, Table
 
-CHUNK_ROWS = 1000
+CHUNK_ROWS = 5000
 # The connection that holds the external ids of files that name none.
 FILE_PROVIDER, FILE_NAME = "file", "import"
 # What an upload may bring; more is for the command.
@@ -61,7 +61,15 @@ class Import:
 
     def _take_once(self, rows: Sequence[Row]) -> tuple[Counter[str], list[Problem]]:
         """As `take`, for rows no two of which have the same id or external id."""
-        owners = self._owners(rows)
+        same, owners = self._known(rows)
+        totals: Counter[str] = Counter({UNCHANGED: len(same)} if same else {})
+        if same and self.tell:
+            for row in rows:
+                if row.external_id in same:
+                    self.tell(row, UNCHANGED, {})
+        rows = [row for row in rows if row.external_id not in same]
+        if not rows:
+            return totals, []
         wanted = {row.customer_id for row in rows if row.customer_id} | set(owners.values())
         own = Customer.objects.filter(organization=self.organization, pk__in=wanted)
         known = editing.lock(organization=self.organization, ids=own.values_list("pk", flat=True)) if wanted else {}
@@ -69,7 +77,6 @@ class Import:
         linked: list[tuple[Row, Customer | None, Record]] = []
         custom: dict[UUID, dict[str, Any]] = {}
         problems: list[Problem] = []
-        totals: Counter[str] = Counter()
         for row in rows:
             owner = owners.get(row.external_id) if row.external_id else None
             meant = row.customer_id or owner
@@ -86,9 +93,10 @@ class Import:
             elif before is not None and (row.customer_id or not self._is_source):
                 plain.append((row, before, Record(values=values, customer_id=before.pk)))
             elif row.external_id:
-                linked.append((row, before, Record(values=values, remote_id=row.external_id)))
+                good = values if before else editing.Checked(values)
+                linked.append((row, before, Record(values=good, remote_id=row.external_id)))
             else:
-                plain.append((row, None, Record(values=values)))
+                plain.append((row, None, Record(values=editing.Checked(values))))
         for connection, taken in ((None, plain), (self.connection, linked)):
             received = receive(
                 organization=self.organization,
@@ -102,13 +110,35 @@ class Import:
                     self.tell(row, result.outcome, _moved(before, result.customer, record.values))
         return totals, problems
 
-    def _owners(self, rows: Sequence[Row]) -> dict[str, UUID]:
-        """The customers that have these external ids."""
-        ids = [row.external_id for row in rows if row.external_id]
-        if self.connection is None or not ids:
-            return {}
-        links = CustomerLink.objects.filter(connection=self.connection, remote_id__in=ids)
-        return {str(remote_id): customer_id for remote_id, customer_id in links.values_list("remote_id", "customer_id")}
+    def _known(self, rows: Sequence[Row]) -> tuple[set[str], dict[str, UUID]]:
+        """The external ids of rows that say nothing new, and the customers of the other known ones."""
+        if self.connection is None:
+            return set(), {}
+        if not self.connection.calls_us:
+            ids = bulk.among(row.external_id for row in rows if row.external_id)
+            links = CustomerLink.objects.filter(connection=self.connection, remote_id__in=ids)
+            return set(), {str(there): owner for there, owner in links.values_list("remote_id", "customer_id")}
+        said = {row.external_id: self._said(row) for row in rows if row.external_id}
+        same, owners = nothing_new(connection=self.connection, said=said) if said else (set(), {})
+        return same, owners
+
+    def _said(self, row: Row) -> Mapping[str, Any] | None:
+        """What the row says, as `nothing_new` asks it; None where that is to be looked at more closely."""
+        if row.customer_id or row.problems:
+            return None
+        if not row.custom and not self.clear_empty:
+            return None if _masked(row.values) else row.values
+        if self.clear_empty and any(name.startswith(tabular.CUSTOM) for name in row.empty):
+            return None
+        values = {**row.values, **(self._cleared(row) if self.clear_empty else {})}
+        if row.custom:
+            values["custom_fields"] = row.custom
+        return None if _masked(values) else values
+
+    def _cleared(self, row: Row) -> dict[str, Any]:
+        """What the row's empty cells set where they clear, less custom fields."""
+        texts = {name: "" for name in row.empty if name in editing.TEXTS}
+        return texts | {name: name == "is_active" for name in row.empty if name in editing.FLAGS}
 
     def _wrong_ids(self, row: Row, before: Customer | None, owner: Customer | None) -> Iterator[Problem]:
         if row.customer_id is None:
@@ -129,8 +159,7 @@ class Import:
         fields = dict(custom.get(before.pk, stored) if before else {})
         fields |= row.custom
         if self.clear_empty:
-            values |= {name: "" for name in row.empty if name in editing.TEXTS}
-            values |= {name: name == "is_active" for name in row.empty if name in editing.FLAGS}
+            values |= self._cleared(row)
             cleared = {column.removeprefix(tabular.CUSTOM) for column in row.empty if column.startswith(tabular.CUSTOM)}
             fields = {name: value for name, value in fields.items() if name not in cleared}
         if before is not None:
@@ -153,13 +182,22 @@ def _moved(before: Customer | None, after: Customer, names: Iterable[str]) -> di
 
 
 def _without_repeats(rows: Sequence[Row]) -> list[list[Row]]:
-    """The rows in parts: of rows with the same id or external id, the second is in the second part, and so on."""
+    """The rows in parts: of rows with the same id or external id, the second is in the second part, and so on.
+
+    Whether a row with an id and one with an external id mean the same customer is not known here: the later one is in a
+    later part.
+    """
     parts: list[list[Row]] = []
     seen: Counter[tuple[str, object]] = Counter()
+    first, by_id = 0, None
     for row in rows:
         keys: list[tuple[str, object]] = [("id", row.customer_id)] if row.customer_id else []
         keys += [("external_id", row.external_id)] if row.external_id else []
-        place = max((seen[key] for key in keys), default=0)
+        if keys:
+            if by_id is not None and by_id != bool(row.customer_id):
+                first = len(parts)
+            by_id = bool(row.customer_id)
+        place = max(first, *(seen[key] for key in keys)) if keys else first
         for key in keys:
             seen[key] = place + 1
         while len(parts) <= place:
@@ -169,18 +207,31 @@ def _without_repeats(rows: Sequence[Row]) -> list[list[Row]]:
 
 
 def _problems(row: Row, values: dict[str, Any], before: Customer | None) -> Iterator[Problem]:
-    """What is wrong with the values. An ill-formed e-mail address that is stored already may stay."""
-    for name, messages in editing.problems(values, creating=before is None).items():
-        yield Problem(row=row.number, field=name, message=" ".join(messages))
-    for name in PERSONAL & values.keys():
-        if HIDDEN in str(values[name]):
-            message = "The value is masked, from an export without the right to personal data. Empty the cell."
-            yield Problem(row=row.number, field=name, message=message)
-            return
+    """What is wrong with the values of a row whose cells are each well-formed. An ill-formed e-mail address that is
+    stored already may stay.
+    """
+    if "custom_fields" in values:
+        wrong = editing.problems({"custom_fields": values["custom_fields"]}, creating=False)
+        for message in wrong.get("custom_fields", ()):
+            yield Problem(row=row.number, field="custom_fields", message=message)
+    if message := editing.name_problem(values, creating=before is None):
+        yield Problem(row=row.number, field="name", message=message)
+    if name := _masked(values):
+        message = "The value is masked, from an export without the right to personal data. Empty the cell."
+        yield Problem(row=row.number, field=name, message=message)
+        return
     email = values.get("email")
     if email and not is_email(email) and (before is None or clean_text(email) != before.email):
         message = "This is not an e-mail address, such as name@example.com."
         yield Problem(row=row.number, field="email", message=message)
+
+
+def _masked(values: Mapping[str, Any]) -> str:
+    """A field whose value comes from an export that hid it; "" when there is none."""
+    for name, value in values.items():
+        if name in PERSONAL and HIDDEN in (value if isinstance(value, str) else str(value)):
+            return name
+    return ""
 
 
 def file_connection(organization: Organization, *, create: bool) -> Connection | None:

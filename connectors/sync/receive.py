@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from itertools import zip_longest
 from typing import Any
 from uuid import UUID
 
+import orjson
 from django.db import IntegrityError, models
+from django.db import connection as database
 from django.db.models import Q
 
 from connectors.models import Conflict, Connection, CustomerLink, PushIntent
@@ -20,9 +23,9 @@ from connectors.sync.clock import database_clock
 from connectors.sync.fights import fights
 from connectors.sync.merge import Merge, merge, same
 from connectors.sync.races import start_over
-from customers import bulk, editing
+from customers import bulk, editing, jsontext
 from customers.editing import Actor, UnknownCustomer
-from customers.ids import uuid7
+from customers.ids import uuid7s
 from customers.models import Customer, Organization
 from customers.prepared import Among, Param, Prepared
 
@@ -91,17 +94,17 @@ def _receive(
     at: datetime,
     locked: Mapping[UUID, Customer],
 ) -> list[Received]:
-    links = _links(organization, connection, records)
-    wanted = {link.customer_id for link in links.values()}
+    named = _named(connection, records) if connection else {}
+    wanted = {customer_id for _, customer_id in named.values()}
     wanted |= {record.customer_id for record in records if record.customer_id}
     customers = {id_: locked[id_] for id_ in wanted} if wanted <= locked.keys() else {}
     if wanted and not customers:
         customers = editing.lock(organization=organization, ids=wanted)
-    if links:
-        # Read again now that the customers are locked: a push may have answered in between.
-        ids = {link.pk for link in links.values()}
-        fresh = {link.pk: link for link in _LOCKED_LINKS(ids=ids)}
-        links = {key: fresh[link.pk] for key, link in links.items()}
+    links: dict[Any, CustomerLink] = {}
+    if named:
+        # Read only now that the customers are locked: a push may have answered in between.
+        fresh = {link.pk: link for link in _LOCKED_LINKS(ids={pk for pk, _ in named.values()})}
+        links = {key: fresh[pk] for key, (pk, _) in named.items()}
         if any(link.customer_id not in customers for link in links.values()):
             raise IntegrityError("a link moved to another customer while it was read")
 
@@ -138,20 +141,25 @@ def _receive(
     )
 
     results: dict[Any, Received] = {}
-    fresh_links: list[CustomerLink] = []
-    for (key, record), customer in zip(new.items(), created, strict=True):
-        link = _new_link(customer, connection, record, at) if connection else None
-        if link is not None:
-            fresh_links.append(link)
+    fresh_links = _new_links(connection, new.values(), created, at) if connection and new else []
+    for key, customer, link in zip_longest(new, created, fresh_links):
         results[key] = Received(outcome=CREATED, customer=customer, link=link)
     for key, link in stale.items():
         results[key] = Received(outcome=UNCHANGED, customer=customers[link.customer_id], link=link, stale=True)
     settled: Counter[int] = Counter()
+    moved: dict[int, CustomerLink] = {}
     for key, record in known.items():
         link = links.get(key)
         edit = edited[targets[key]]
         if link is not None and connection is not None:
+            quiet = connection.calls_us and fields is None and link.run_id is None
+            before = _told(link) if quiet else None
+            stamp = link.sync_seq, link.synced_at, link.updated_at
             _take(link, record, edit.customer, merges.get(key), fields if connection.pushes else None, at)
+            if before is None or _told(link) != before:
+                moved[link.pk] = link
+            elif link.pk not in moved:
+                link.sync_seq, link.synced_at, link.updated_at = stamp
             if link.run_id and not link.is_dirty:
                 settled[link.run_id] += 1
                 link.run_id = None
@@ -163,21 +171,20 @@ def _receive(
         )
     if fresh_links:
         # Where they come from leads, not a system that new customers are sent to at once.
-        CustomerLink.objects.filter(customer__in=created, is_primary=True).update(is_primary=False)
+        if CustomerLink.objects.filter(customer__in=created[:1]).exists():
+            CustomerLink.objects.filter(customer__in=created, is_primary=True).update(is_primary=False)
         if connection is not None and connection.pushes:
             # The customers are there already: they are not to be created by the links that new customers get at once.
             CustomerLink.objects.filter(connection=connection, customer__in=created).delete()
+        bulk.number(fresh_links)
         bulk.insert(fresh_links)
-        made = dict(CustomerLink.objects.filter(uid__in=[link.uid for link in fresh_links]).values_list("uid", "pk"))
-        for link in fresh_links:
-            link.pk = made[link.uid]
-    bulk.update(list({links[key].pk: links[key] for key in known if key in links}.values()), TAKEN)
+    bulk.update(list(moved.values()), TAKEN)
     for run_id, number in sorted(settled.items()):
         runs.add(run_id=run_id, totals={UNCHANGED: number}, at=at)
     if settled:
         runs.close_done(run_ids=set(settled), at=at)
-    for result in results.values():
-        if result.link is not None and connection is not None:
+    for key, result in results.items():
+        if key not in new and result.link is not None and connection is not None:
             result.link.customer = result.customer
             result.link.connection = connection
     return [results[key] for key in keys]
@@ -307,6 +314,66 @@ TAKEN = (
 )
 
 
+def nothing_new(
+    *, connection: Connection, said: Mapping[str, Mapping[str, Any] | None]
+) -> tuple[set[str], dict[str, UUID]]:
+    """Which of these records, by remote id, `receive` would find unchanged and write nothing for; and whose the other
+    known ones are.
+
+    The former say what they said last time, and the customer has not moved since. One query, and nothing is locked. Of
+    `custom_fields` each names those that it sets; None is a record that is not asked about. Only for a connection that
+    calls the hub: see `_told`.
+    """
+    ids = bulk.among(said)
+    base = "l.base_remote::text" if database.vendor == "postgresql" else "l.base_remote"
+    with database.cursor() as cursor:
+        cursor.execute(
+            "SELECT l.remote_id, l.customer_id, CASE WHEN l.deleted_at IS NULL AND l.run_id IS NULL"
+            " AND l.next_attempt_at IS NULL AND l.state = 'open' AND l.error = '' AND l.attempts = 0"
+            " AND l.pushed_version = l.needed_version AND l.pushed_version = c.version AND c.merged_into_id IS NULL"
+            f" AND l.base_local = l.base_remote THEN {base} END"
+            " FROM connectors_customerlink l JOIN customers_customer c ON c.id = l.customer_id"
+            f" WHERE l.connection_id = %s AND l.remote_id IN ({ids.sql})",
+            [connection.pk, *ids.params],
+        )
+        found = cursor.fetchall()
+    same, owners = set(), {}
+    for remote_id, customer_id, base in found:
+        values = said[remote_id]
+        if base is not None and values is not None and _says(orjson.loads(base), values):
+            same.add(remote_id)
+        else:
+            owners[remote_id] = customer_id if isinstance(customer_id, UUID) else UUID(customer_id)
+    return same, owners
+
+
+def _says(base: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
+    """Whether a link's base holds all of these values."""
+    if "custom_fields" not in values:
+        return values.items() <= base.items()
+    fields = base.get("custom_fields", {})
+    rest = {name: value for name, value in values.items() if name != "custom_fields"}
+    return rest.items() <= base.items() and all(
+        name in fields and jsontext.dumps(fields[name]) == jsontext.dumps(value)
+        for name, value in values["custom_fields"].items()
+    )
+
+
+def _told(link: CustomerLink) -> tuple[object, ...]:
+    """All that a record moves on a link but when it did, as it is stored: to a database 1 and true are not equal.
+
+    Of a system that only calls the hub nobody asks when it last said what it had said before, for the hub never reads
+    from it: there a link that was told nothing new is not written.
+    """
+    documents = (link.remote_data, link.base_local, link.base_remote, link.conflicts)
+    return (
+        *(jsontext.dumps(document, option=jsontext.SORT_KEYS) for document in documents),
+        *(link.customer_id, link.remote_revision, link.remote_created_at, link.deleted_at),
+        *(link.pushed_version, link.needed_version, link.next_attempt_at),
+        *(link.state, link.error, link.error_field, link.attempts),
+    )
+
+
 def _key(record: Record, position: int) -> Any:
     if record.customer_id:
         return ("customer", record.customer_id)
@@ -330,29 +397,34 @@ def _fold(earlier: Record, later: Record) -> Record:
     )
 
 
-def _links(
-    organization: Organization, connection: Connection | None, records: Sequence[Record]
-) -> dict[Any, CustomerLink]:
-    """The links that the records name, by record key."""
-    if connection is None:
-        return {}
+def _named(connection: Connection, records: Sequence[Record]) -> dict[Any, tuple[int, UUID]]:
+    """The links that the records name, by record key: their ids and those of their customers."""
     remote_ids = {record.remote_id for record in records if record.remote_id is not None}
     link_ids = {record.link_id for record in records if record.link_id}
-    links: dict[Any, CustomerLink] = {}
+    found: dict[Any, tuple[int, UUID]] = {}
     if remote_ids:
-        links |= {("remote", link.remote_id): link for link in _BY_REMOTE_ID(at=connection.pk, ids=remote_ids)}
+        there = _BY_REMOTE_ID(at=connection.pk, ids=remote_ids)
+        found |= {("remote", remote_id): (pk, customer_id) for pk, remote_id, customer_id in there}
     if link_ids:
-        links |= {("link", link.pk): link for link in _BY_KEY(at=connection.pk, ids=link_ids)}
-        if any(("link", link_id) not in links for link_id in link_ids):
+        there = _BY_KEY(at=connection.pk, ids=link_ids)
+        found |= {("link", pk): (pk, customer_id) for pk, _, customer_id in there}
+        if any(("link", link_id) not in found for link_id in link_ids):
             raise UnknownCustomer([])
-    return links
+    return found
 
 
 _AT = Param("at", models.BigAutoField())
+_NAMED = ("pk", "remote_id", "customer_id")
 _BY_REMOTE_ID = Prepared(
-    lambda: CustomerLink.objects.filter(Among("remote_id", "ids", models.CharField()), connection_id=_AT)
+    lambda: CustomerLink.objects.filter(Among("remote_id", "ids", models.CharField()), connection_id=_AT).values_list(
+        *_NAMED
+    )
 )
-_BY_KEY = Prepared(lambda: CustomerLink.objects.filter(Among("id", "ids", models.BigAutoField()), connection_id=_AT))
+_BY_KEY = Prepared(
+    lambda: CustomerLink.objects.filter(Among("id", "ids", models.BigAutoField()), connection_id=_AT).values_list(
+        *_NAMED
+    )
+)
 _LOCKED_LINKS = Prepared(
     lambda: CustomerLink.objects.filter(Among("id", "ids", models.BigAutoField())).order_by("pk").select_for_update()
 )
@@ -362,26 +434,29 @@ def _json(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: "" if value is None else value for name, value in values.items()}
 
 
-def _new_link(customer: Customer, connection: Connection, record: Record, at: datetime) -> CustomerLink:
-    base = _json(record.values)
-    return CustomerLink(
-        uid=uuid7(),
-        customer=customer,
-        connection=connection,
-        remote_id=record.remote_id,
-        remote_data=dict(record.document),
-        base_local={name: getattr(customer, name) for name in base},
-        base_remote=base,
-        remote_revision=record.revision,
-        remote_created_at=record.created_at,
-        sync_seq=1,
-        pushed_version=customer.version,
-        needed_version=customer.version,
-        is_primary=True,
-        synced_at=at,
-        created_at=at,
-        updated_at=at,
+def _new_links(
+    connection: Connection, records: Iterable[Record], customers: Sequence[Customer], at: datetime
+) -> list[CustomerLink]:
+    new = bulk.Mould(
+        CustomerLink, connection=connection, sync_seq=1, is_primary=True, synced_at=at, created_at=at, updated_at=at
     )
+    links = []
+    for record, customer, uid in zip(records, customers, uuid7s(len(customers)), strict=True):
+        base, here = _json(record.values), vars(customer)
+        values = {
+            "uid": uid,
+            "customer_id": customer.pk,
+            "remote_id": record.remote_id,
+            "remote_data": dict(record.document),
+            "base_local": {name: here[name] for name in base},
+            "base_remote": base,
+            "remote_revision": record.revision,
+            "remote_created_at": record.created_at,
+            "pushed_version": customer.version,
+            "needed_version": customer.version,
+        }
+        links.append(new.make(values, customer=customer))
+    return links
 
 
 def _take(
