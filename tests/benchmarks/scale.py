@@ -2,9 +2,9 @@
 
     python -m tests.benchmarks.scale [--size smoke|small|full] [--rounds N] [--customers N]
 
-On SQLite, or with DATABASE_URL on PostgreSQL, which multiplies what it was filled with: ten million customers
-took it three quarters of an hour on a busy machine. Each side is asked in turn in one process, without a network. The indexes are measured on PostgreSQL alone: rows are added
-with all of them and without one, and taken back.
+On SQLite, or with DATABASE_URL on PostgreSQL, which multiplies what it was filled with: ten million customers took it
+three quarters of an hour on a busy machine. Each side is asked in turn in one process, without a network. The indexes
+are measured on PostgreSQL alone: rows are added with all of them and without one, and taken back.
 """
 
 from __future__ import annotations
