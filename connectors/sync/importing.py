@@ -27,7 +27,7 @@ from customers.normalize import clean_text, is_email
 from customers.privacy import HIDDEN, PERSONAL
 from customers.tabular import Problem, Row, Table
 
-CHUNK_ROWS = 5000
+CHUNK_ROWS = 2500
 # The connection that holds the external ids of files that name none.
 FILE_PROVIDER, FILE_NAME = "file", "import"
 # What an upload may bring; more is for the command.
