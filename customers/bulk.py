@@ -92,14 +92,14 @@ def _prepared(rows: Sequence[models.Model], columns: Sequence[models.Field[Any, 
         make = partial(column.get_db_prep_save, connection=connection)
         return _documents(make, values) if isinstance(column, models.JSONField) else _each(make, values)
 
-    return list(zip(*map(ready, columns, _turned(rows, columns)), strict=False))
+    return list(zip(*map(ready, columns, _turned(rows, columns)), strict=True))
 
 
 def _each(make: Callable[[Any], Any], values: tuple[Any, ...]) -> Iterable[Any]:
     """`make` of each value; once where all are alike."""
     first = values[0]
     if not isinstance(first, UUID) and values.count(first) == len(values) and len(set(map(type, values))) == 1:
-        return repeat(make(first))
+        return repeat(make(first), len(values))
     return map(make, values)
 
 
@@ -111,7 +111,7 @@ def _documents(make: Callable[[Any], Any], values: tuple[Any, ...], *, nothing: 
 def _copied(rows: Sequence[models.Model], columns: Sequence[models.Field[Any, Any]]) -> bytes:
     """The rows as COPY reads them: a line each, cells parted by tabs."""
     texts = map(_texts, columns, _turned(rows, columns))
-    return "".join(map("{}\n".format, map("\t".join, zip(*texts, strict=False)))).encode()
+    return "".join(map("{}\n".format, map("\t".join, zip(*texts, strict=True)))).encode()
 
 
 def _texts(column: models.Field[Any, Any], values: tuple[Any, ...]) -> Iterable[str]:

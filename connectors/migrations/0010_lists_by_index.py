@@ -62,4 +62,13 @@ class Migration(migrations.Migration):
             model_name='syncrun',
             index=models.Index(fields=['state', 'id'], name='run_state'),
         ),
+        # Again, because of two indexes that serve SQLite takes the later one.
+        migrations.RemoveIndex(
+            model_name='customerlink',
+            name='link_needs_you',
+        ),
+        migrations.AddIndex(
+            model_name='customerlink',
+            index=models.Index(condition=models.Q(models.Func(models.F('state'), output_field=models.BooleanField(), template="(%(expressions)s IN ('rejected', 'uncertain', 'conflict'))"), models.Func(models.F('conflicts'), output_field=models.BooleanField(), template="(%(expressions)s <> '{}')"), ('deleted_at__isnull', False), ('is_duplicate', True), _connector='OR'), fields=['connection', 'updated_at', 'id'], name='link_needs_you'),
+        ),
     ]

@@ -28,6 +28,7 @@ from connectors.sync.request import request
 from customers import editing
 from customers.editing import Actor
 from customers.models import Customer, Organization
+from customers.privacy import HIDDEN
 from tests.customers.test_tabular import CUSTOMERS
 
 ACTOR = Actor(kind="user", name="Tester")
@@ -686,7 +687,8 @@ def test_an_export_that_fails_leaves_no_file(organization: Organization, tmp_pat
 
 @pytest.mark.parametrize("suffix", ["csv", "xlsx"])
 @hypothesis_settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(rows=st.lists(CUSTOMERS, min_size=1, max_size=5))
+# What shows the mask is refused: it may come from an export without the right to personal data.
+@given(rows=st.lists(CUSTOMERS.filter(lambda row: HIDDEN not in str(row)), min_size=1, max_size=5))
 def test_an_export_brings_back_what_was_lost_since_and_changes_nothing_else(
     organization: Organization, tmp_path: Path, suffix: str, rows: list[dict[str, Any]]
 ) -> None:

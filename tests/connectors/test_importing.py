@@ -113,12 +113,21 @@ class Side:
         for customer in customers:
             link = links.get(customer.pk)
             changes = CustomerChange.objects.filter(customer=customer).order_by("version")
+            # The moment of archiving is another one on each side.
+            told = [
+                (
+                    version,
+                    {name: pair != [None, None] if name == "archived_at" else pair for name, pair in moved.items()},
+                    by,
+                )
+                for version, moved, by in changes.values_list("version", "changes", "actor_name")
+            ]
             names = ("remote_id", "base_local", "base_remote", "pushed_version", "needed_version", "sync_seq", "state")
             shown.append(
                 {
                     **{name: getattr(customer, name) for name in columns},
                     "archived": customer.archived_at is not None,
-                    "changes": list(changes.values_list("version", "changes", "actor_name")),
+                    "changes": told,
                     "link": link and {name: getattr(link, name) for name in names} | {"gone": link.deleted_at},
                 }
             )
@@ -147,6 +156,7 @@ def _only_whose(*, connection: Connection, said: Any) -> tuple[set[str], dict[st
 @example(
     steps=[[{"name": "Ann", "external_id": "A"}], "edit A", [{"name": "Ann", "external_id": "A"}]], clear_empty=True
 )
+@example(steps=[[{"name": "Ann", "external_id": "B"}], "archive B"], clear_empty=False)
 @example(
     steps=[[{"name": "Ann", "external_id": "C"}], "delete C", [{"name": "Ann", "external_id": "C"}]], clear_empty=True
 )
