@@ -10,6 +10,7 @@ from django.db.models import QuerySet
 
 # So many are counted; more than that PostgreSQL estimates.
 COUNTED = 10_000
+TOLD = "Exact up to 10,000; above that about as many, and at least as many as the pages up to this one show."
 # Of no more hits than this the ids are read first, where a list is in another order than the index that finds them.
 # Of more a page is soon full, however it is read.
 FEW = 5000

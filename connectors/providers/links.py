@@ -35,7 +35,7 @@ from connectors.exceptions import ConnectionUnusable, Gone, OutcomeUnknown, Reje
 from connectors.inbound.errors import Fault, dotted
 from connectors.inbound.fields import Text, well_formed
 from connectors.inbound.mirror import Mirror, read_query
-from connectors.inbound.totals import total_of
+from connectors.inbound.totals import TOLD, total_of
 from connectors.models import Connection, CustomerLink
 from connectors.outbound import Session
 from connectors.provider import ALWAYS, Capabilities, Outgoing, Page, Provider, Record
@@ -158,7 +158,7 @@ class ShownPage(serializers.Serializer[Any]):
     page = serializers.IntegerField(min_value=1)
     limit = serializers.IntegerField(min_value=1, max_value=100)
     totalPages = serializers.IntegerField(min_value=0)  # noqa: N815 # the wire name
-    totalResults = serializers.IntegerField(min_value=0)  # noqa: N815 # the wire name
+    totalResults = serializers.IntegerField(min_value=0, help_text=TOLD)  # noqa: N815 # the wire name
 
 
 @extend_schema_serializer(component_name="LinksError")

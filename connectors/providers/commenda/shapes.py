@@ -7,6 +7,7 @@ from typing import Any
 from drf_spectacular.utils import OpenApiExample, OpenApiParameter, OpenApiResponse, extend_schema_serializer
 from rest_framework import serializers
 
+from connectors.inbound.totals import TOLD
 from customers.countries import ALPHA2
 
 
@@ -69,7 +70,7 @@ class CustomerAnswer(Shown):
 @extend_schema_serializer(component_name="CommendaCustomers")
 class Customers(serializers.Serializer[Any]):
     customers = Listed(many=True)
-    total_customers = serializers.IntegerField(min_value=0)
+    total_customers = serializers.IntegerField(min_value=0, help_text=TOLD)
     cursor = serializers.CharField(allow_null=True)
 
 

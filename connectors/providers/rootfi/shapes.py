@@ -9,6 +9,7 @@ from drf_spectacular.utils import OpenApiExample, OpenApiParameter, OpenApiRespo
 from rest_framework import serializers
 
 from connectors.inbound import fields
+from connectors.inbound.totals import TOLD
 from connectors.providers.rootfi.listing import Choice, Field, KeptTime, Number, Time
 from connectors.providers.rootfi.wire import MAX_ID, STATUSES, Wire
 
@@ -78,7 +79,7 @@ class CustomerList(serializers.Serializer[Any]):
     data = Listed(many=True)  # type: ignore[assignment] # as above
     prev = serializers.CharField(allow_null=True)
     next = serializers.CharField(allow_null=True)
-    total_count = serializers.IntegerField(allow_null=True, min_value=0, help_text="With `return_count=true`.")
+    total_count = serializers.IntegerField(allow_null=True, min_value=0, help_text=f"With `return_count=true`. {TOLD}")
 
 
 @extend_schema_serializer(component_name="RootFiSync")
