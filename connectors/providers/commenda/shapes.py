@@ -156,7 +156,7 @@ CUSTOMER_ID = OpenApiParameter(
 )
 EXTEND = OpenApiParameter(
     "extend",
-    {"type": "array", "items": {"type": "string", "enum": ["shipping_address", "exemption_metadata"]}},
+    {"type": "array", "items": {"type": "string", "enum": ["shipping_address", "exemption_metadata", ""]}},
     explode=False,
     description="More keys to show, with commas between them.",
 )
