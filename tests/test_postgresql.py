@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import psycopg
 import pytest
 from django.db import connection
 
@@ -34,9 +35,9 @@ def test_connections_that_the_server_has_ended_are_replaced() -> None:
 def test_a_connection_stands_until_the_server_ends_it() -> None:
     connection.ensure_connection()
     assert stands(connection.connection)
-    other = connection.pool.getconn()
-    other.execute("SELECT pg_terminate_backend(%s, 5000)", [connection.connection.info.backend_pid])
-    connection.pool.putconn(other)
+    info = connection.connection.info
+    with psycopg.connect(info.dsn, password=info.password or None) as other:
+        other.execute("SELECT pg_terminate_backend(%s, 5000)", [info.backend_pid])
     assert not stands(connection.connection)
     connection.close()
     connection.ensure_connection()
