@@ -1,7 +1,7 @@
 """Queries whose SQL is built once: for a request of a few statements Django spends most of its time building them.
 
-    FIND = Prepared(lambda: Customer.objects.filter(organization=Param("organization"), id=Param("id", UUIDField())))
-    [customer] = FIND(organization=organization.pk, id=uid)
+    FIND = Prepared(lambda: Customer.objects.filter(organization_id=Param("organization", BigAutoField())))
+    customers = FIND(organization=organization.pk)
 
 What is asked stays an ordinary queryset, so both databases answer it as they answer any other.
 """

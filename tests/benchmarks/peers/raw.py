@@ -24,8 +24,8 @@ import psycopg
 django.setup()
 
 from connectors.models import CustomerLink, SyncRun  # noqa: E402 # models need django.setup()
-from customers.ids import parse_public_id, public_id, uuid7  # noqa: E402
-from customers.models import Customer, CustomerChange  # noqa: E402
+from customers.ids import parse_public_id, public_id, uuid7  # noqa: E402 # as above
+from customers.models import Customer, CustomerChange  # noqa: E402 # as above
 
 URL = os.environ["DATABASE_URL"]
 POSTGRESQL = URL.startswith("postgres")
