@@ -352,6 +352,7 @@ class Histories(RuleBasedStateMachine):
                     clock=self.clock,
                     sleep=lambda seconds: None,
                 )
+                self.look_at_suspects(connection)
                 self.push(connection)
             self.clock.now += timedelta(seconds=400)
             dirty = [link for link in self.links() if link.is_dirty]
@@ -361,6 +362,12 @@ class Histories(RuleBasedStateMachine):
             raise AssertionError("it never settles")
         self.everybody_knows_the_same()
         self.no_edit_was_lost()
+
+    def look_at_suspects(self, connection: Connection) -> None:
+        """A record on which workers died again and again waits for somebody, who asks for it once more."""
+        suspects = CustomerLink.objects.filter(connection=connection, crashes__gte=settling.CRASHES)
+        if parked := [*suspects.filter(next_attempt_at=None).values_list("customer", flat=True)]:
+            request(connection=connection, actor=STAFF, customer_ids=parked, now=self.clock())
 
     def everybody_knows_the_same(self) -> None:
         for link in self.links():
