@@ -8,7 +8,9 @@ row is made once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import gc
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from functools import partial
 from itertools import repeat
@@ -29,6 +31,21 @@ ANALYZE_FROM_ROWS = 1024
 ANALYZE_BITS = 3
 _inserted: dict[str, int] = {}
 M = TypeVar("M", bound=models.Model)
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Without looking for cycles among the many objects that rows are made of: they form none, and to look is dearer
+    than to make them. Whatever else forms cycles meanwhile is found afterwards.
+    """
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        # Of several threads the first one finds it enabled, and enables it again.
+        if was:
+            gc.enable()
 
 
 class Mould(Generic[M]):

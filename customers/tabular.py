@@ -154,26 +154,58 @@ class Row:
     problems: Sequence[Problem] = ()
 
 
+# A row as it stands in the file, by its number.
+Line = tuple[int, list[Cell]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reader:
+    """Makes rows of the lines of one file: its columns, None for one that is left out and "" for one without a name.
+
+    With `raw`, an apostrophe before a formula is part of the text.
+    """
+
+    columns: Sequence[str | None]
+    raw: bool
+
+    def row(self, line: Line) -> Row:
+        number, cells = line
+        return _row(number, cells, self.columns, raw=self.raw)
+
+    def named(self, line: Line) -> tuple[UUID | None, str]:
+        """The customer's id and the external id that a line's row will have."""
+        id_ = self._text(line, "id")
+        return parse_public_id("cust", id_) if id_ else None, self._text(line, "external_id")
+
+    def _text(self, line: Line, column: str) -> str:
+        if column not in self.columns or (place := self.columns.index(column)) >= len(line[1]):
+            return ""
+        cell = line[1][place]
+        return "" if isinstance(cell, _Wrong) else _bare(cell, raw=self.raw).strip()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """An open file: the columns it has, those left out, and its rows, to be read once.
+    """An open file: the columns it has, those left out, and its lines, to be read once, as they are or as `rows`.
 
     `done` tells how far reading has come, in bytes of `size`; both are 0 where that is not known.
     """
 
     columns: Sequence[str]
     ignored: Sequence[str]
-    rows: Iterator[Row]
+    lines: Iterator[Line]
+    reader: Reader
     size: int = 0
     done: Callable[[], int] = lambda: 0
+
+    @property
+    def rows(self) -> Iterator[Row]:
+        return map(self.reader.row, self.lines)
 
 
 @contextmanager
 def open_table(path: Path, *, ignore_unknown: bool = False, raw: bool = False) -> Iterator[Table]:
-    """Open a CSV or, by its name, XLSX file. Raises UnreadableTable, also while its rows are read.
-
-    With `raw`, an apostrophe before a formula is part of the text.
-    """
+    """Open a CSV or, by its name, XLSX file. Raises UnreadableTable, also while its rows are read."""
     try:
         binary = path.open("rb")
     except FileNotFoundError:
@@ -190,7 +222,8 @@ def open_table(path: Path, *, ignore_unknown: bool = False, raw: bool = False) -
         yield Table(
             columns=[column for column in columns if column],
             ignored=ignored,
-            rows=_rows(lines, columns, raw=raw),
+            lines=(line for line in enumerate(lines, start=2) if any(line[1])),
+            reader=Reader(columns=columns, raw=raw),
             size=path.stat().st_size if done else 0,
             done=done or (lambda: 0),
         )
@@ -309,10 +342,9 @@ def _text(value: Any) -> str:
     return str(value)
 
 
-def _rows(lines: Iterator[list[Cell]], columns: Sequence[str | None], *, raw: bool) -> Iterator[Row]:
-    for number, cells in enumerate(lines, start=2):
-        if any(cells):
-            yield _row(number, cells, columns, raw=raw)
+def _bare(cell: str, *, raw: bool) -> str:
+    """The cell's text without the apostrophe that keeps a spreadsheet from calculating it."""
+    return cell[1:] if cell[:1] == "'" and not raw and _PROTECTED.match(cell) else cell
 
 
 def _row(number: int, cells: Sequence[Cell], columns: Sequence[str | None], *, raw: bool) -> Row:
@@ -330,7 +362,7 @@ def _row(number: int, cells: Sequence[Cell], columns: Sequence[str | None], *, r
         elif isinstance(cell, _Wrong):
             wrong[column] = f"The cell shows the spreadsheet error {cell.shown}."
         else:
-            text = cell[1:] if cell[0] == "'" and not raw and _PROTECTED.match(cell) else cell
+            text = _bare(cell, raw=raw) if cell[0] == "'" else cell
             if text.isspace() or not text:
                 empty.append(column)
             elif not text.isprintable() and _NOT_UTF8.search(text):

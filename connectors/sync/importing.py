@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID
 
 from django.db import transaction
+from django.utils import timezone
 
 from connectors.models import Connection, CustomerLink, ImportFile, SyncRun
 from connectors.provider import Record
@@ -34,6 +35,7 @@ FILE_PROVIDER, FILE_NAME = "file", "import"
 MAX_FILE_BYTES, MAX_FILE_ROWS = 10 * 1024 * 1024, 20_000
 ROWS_SHOWN, PROBLEMS_SHOWN = 20, 1000
 FILE_LIFE = timedelta(days=1)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +55,11 @@ class Import:
         """Take these rows in; a row that cannot be taken is told and spares the others."""
         totals: Counter[str] = Counter()
         problems: list[Problem] = []
-        for part in _without_repeats(rows):
-            outcomes, found = self._take_once(part)
-            totals.update(outcomes)
-            problems += found
+        with bulk.uncollected():
+            for part in _without_repeats(rows):
+                outcomes, found = self._take_once(part)
+                totals.update(outcomes)
+                problems += found
         return totals, problems
 
     def _take_once(self, rows: Sequence[Row]) -> tuple[Counter[str], list[Problem]]:
@@ -245,22 +248,23 @@ def file_connection(organization: Organization, *, create: bool) -> Connection |
     return connection
 
 
-def chunks(rows: Iterator[Row], limit: int | None) -> Iterator[list[Row]]:
+def chunks(rows: Iterator[T], limit: int | None) -> Iterator[list[T]]:
     """The rows, so many at a time as one transaction takes. Raises UnreadableTable after those before the damage."""
-    chunk: list[Row] = []
+    rows = islice(rows, limit)
     damaged = None
-    try:
-        for row in islice(rows, limit):
-            chunk.append(row)
-            if len(chunk) == CHUNK_ROWS:
-                yield chunk
-                chunk = []
-    except tabular.UnreadableTable as error:
-        damaged = error
-    if chunk:
-        yield chunk
-    if damaged:
-        raise damaged
+    while damaged is None:
+        chunk: list[T] = []
+        with bulk.uncollected():
+            try:
+                for row in islice(rows, CHUNK_ROWS):
+                    chunk.append(row)
+            except tabular.UnreadableTable as error:
+                damaged = error
+        if chunk:
+            yield chunk
+        elif damaged is None:
+            return
+    raise damaged
 
 
 def kept(problems: Sequence[Problem], *, refused: int) -> list[dict[str, Any]]:
@@ -271,6 +275,36 @@ def kept(problems: Sequence[Problem], *, refused: int) -> list[dict[str, Any]]:
         {"row": problem.row, "state": "refused", "field": problem.field, "reason": problem.message}
         for problem in problems
     ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Taken:
+    """What became of one chunk. `last` is the number of its last row."""
+
+    totals: Counter[str]
+    problems: Sequence[Problem]
+    last: int
+
+
+def take_in(
+    chunks: Iterator[list[Row]], *, work: Import, run: SyncRun | None, stop: Callable[[], bool]
+) -> Generator[Taken]:
+    """Take in chunk after chunk, each in a transaction of its own, until told to stop, and say what became of each.
+
+    Without a run it is a dry run: each chunk is taken in for real and rolled back.
+    """
+    refused = 0
+    for chunk in chunks:
+        with transaction.atomic():
+            totals, problems = work.take(chunk)
+            if run is not None:
+                runs.add(run_id=run.pk, totals=totals, problems=kept(problems, refused=refused), at=timezone.now())
+            else:
+                transaction.set_rollback(True)
+        refused += totals["refused"]
+        yield Taken(totals=totals, problems=problems, last=chunk[-1].number)
+        if stop():
+            return
 
 
 # Uploaded files

@@ -51,7 +51,8 @@ def add(*, run_id: int, totals: Mapping[str, int], problems: Sequence[Mapping[st
         SyncRun.objects.filter(pk=run_id).update(updated_at=at, **changes)
     if problems:
         run = SyncRun.objects.select_for_update().get(pk=run_id)
-        run.problems = [*run.problems, *problems][:PROBLEMS_KEPT]
+        # By the rows of a file, where they have one: of several processes one may be ahead of another.
+        run.problems = sorted([*run.problems, *problems], key=lambda one: one.get("row") or 0)[:PROBLEMS_KEPT]
         run.save(update_fields=["problems"])
 
 

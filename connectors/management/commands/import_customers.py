@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 from django.core.management.base import CommandParser
-from django.db import transaction
+from django.db import connection as database
 from django.utils import timezone
 
 from connectors.management.cli import (
@@ -27,9 +27,11 @@ from connectors.management.cli import (
     worst,
 )
 from connectors.models import Connection, SyncRun
-from connectors.sync import runs
-from connectors.sync.importing import FILE_NAME, Import, chunks, file_connection, kept
+from connectors.sync import import_workers, runs
+from connectors.sync.import_workers import Failed, Job
+from connectors.sync.importing import FILE_NAME, Import, Taken, chunks, file_connection, take_in
 from customers import tabular
+from customers.editing import Actor
 from customers.models import Organization
 from customers.tabular import Problem
 
@@ -65,9 +67,12 @@ An empty cell leaves what is known as it is. An apostrophe before = + - @ is tak
         parser.add_argument("--ignore-unknown", action="store_true", help="Leave out columns that are not known.")
         parser.add_argument("--raw", action="store_true", help="Keep apostrophes: for files that export --raw wrote.")
         parser.add_argument("--errors", type=Path, metavar="FILE", help="Write every error as CSV to this file.")
+        parser.add_argument("--workers", type=positive, default=1, metavar="N", help="Use N processes (PostgreSQL).")
         parser.add_argument("--json", action="store_true", dest="as_json", help="Print JSON, described below.")
 
     def handle(self, *args: Any, **options: Any) -> None:
+        if options["workers"] > 1 and database.vendor != "postgresql":
+            raise WrongUse("SQLite lets one process write at a time: leave --workers out, or use PostgreSQL.")
         organization = find_organization(options["organization"])
         named = options["connection"]
         [chosen] = find_connections([named], every=False, slug=organization.slug) if named else [None]
@@ -105,7 +110,7 @@ An empty cell leaves what is known as it is. An apostrophe before = + - @ is tak
         stop: Callable[[], bool],
         options: dict[str, Any],
     ) -> None:
-        dry_run, limit = options["dry_run"], options["limit"]
+        dry_run = options["dry_run"]
         actor = command_actor("import_customers")
         connection = chosen or file_connection(organization, create="external_id" in table.columns and not dry_run)
         run = None
@@ -116,34 +121,24 @@ An empty cell leaves what is known as it is. An apostrophe before = + - @ is tak
                 kind=SyncRun.Kind.IMPORT,
                 actor=actor,
                 at=timezone.now(),
-                request={"file": options["file"].name, "limit": limit},
+                request={"file": options["file"].name, "limit": options["limit"]},
             )
             outcome.run = run.public_id
-        work = Import(organization=organization, connection=connection, actor=actor, clear_empty=options["clear_empty"])
+        taken = self._taken(table, run, connection, actor, stop, organization, options)
         ended = "The hub failed."
+        last = 0
         try:
-            with Progress(self, "import", table.size) as progress:
-                for chunk in chunks(table.rows, limit):
-                    with transaction.atomic():
-                        totals, problems = work.take(chunk)
-                        if run is not None:
-                            runs.add(
-                                run_id=run.pk,
-                                totals=totals,
-                                problems=kept(problems, refused=outcome.totals["refused"]),
-                                at=timezone.now(),
-                            )
-                        else:
-                            transaction.set_rollback(True)
-                    outcome.totals.update(totals)
-                    outcome.problems.update(("refused", problem.field, problem.message) for problem in problems)
-                    tell(problems)
+            with Progress(self, "import", table.size) as progress, closing(taken):
+                for part in taken:
+                    outcome.totals.update(part.totals)
+                    outcome.problems.update(("refused", problem.field, problem.message) for problem in part.problems)
+                    tell(part.problems)
                     progress.update(table.done(), outcome.totals)
-                    if stop():
-                        ended = f"Stopped by hand after row {chunk[-1].number}."
-                        break
-                else:
-                    ended = ""
+                    last = part.last
+            ended = f"Stopped by hand after row {last}." if stop() else ""
+        except Failed as error:
+            ended = str(error)
+            outcome.fail(Exit.FAILED, ended)
         except tabular.UnreadableTable as error:
             ended = f"{error} The rows before were {'checked' if dry_run else 'taken in'}."
             outcome.fail(Exit.FAILED, ended)
@@ -152,6 +147,31 @@ An empty cell leaves what is known as it is. An apostrophe before = + - @ is tak
                 runs.finish(run=run, at=timezone.now(), error=ended)
         if ended and stop():
             self.say(ended)
+
+    def _taken(
+        self,
+        table: tabular.Table,
+        run: SyncRun | None,
+        connection: Connection | None,
+        actor: Actor,
+        stop: Callable[[], bool],
+        organization: Organization,
+        options: dict[str, Any],
+    ) -> Generator[Taken]:
+        """What becomes of the rows, chunk by chunk, with as many processes as are asked for."""
+        limit, clear_empty = options["limit"], options["clear_empty"]
+        if options["workers"] == 1:
+            work = Import(organization=organization, connection=connection, actor=actor, clear_empty=clear_empty)
+            return take_in(chunks(table.rows, limit), work=work, run=run, stop=stop)
+        job = Job(
+            organization=organization.pk,
+            connection=connection.pk if connection else None,
+            run=run.pk if run else None,
+            actor=actor,
+            clear_empty=clear_empty,
+            reader=table.reader,
+        )
+        return import_workers.take_in(chunks(table.lines, limit), job=job, workers=options["workers"], stop=stop)
 
     def _errors(self, path: Path | None) -> _ErrorLog:
         try:
