@@ -31,6 +31,7 @@ ANALYZE_FROM_ROWS = 1024
 ANALYZE_BITS = 3
 _inserted: dict[str, int] = {}
 M = TypeVar("M", bound=models.Model)
+Same = Mapping["models.Field[Any, Any]", Any]
 
 
 @contextmanager
@@ -49,10 +50,10 @@ def uncollected() -> Iterator[None]:
 
 
 class Mould(Generic[M]):
-    """Makes new rows of one model that have much in common, at little more than the cost of a dict.
+    """New rows of one model that have much in common, at little more than the cost of a dict for each.
 
     `same` is what all rows share, given as the model's constructor takes it. Defaults are made once: what is to differ,
-    such as a key, each row must name.
+    such as a key, each row must name. `given` are the columns of each row so far, less what all share.
     """
 
     def __init__(self, model: type[M], **same: Any) -> None:
@@ -62,17 +63,41 @@ class Mould(Generic[M]):
         # Each row gets an object of its own.
         self.own = {name: type(value) for name, value in self.values.items() if isinstance(value, dict | list)}
         self.related = dict(pattern._state.fields_cache)
+        self.given: list[dict[str, Any]] = []
 
-    def make(self, values: Mapping[str, Any], **related: models.Model) -> M:
-        """A row with these columns; `related` holds what foreign keys of it lead to, where that is at hand."""
+    def add(self, values: dict[str, Any]) -> None:
+        """A row with these columns, of which nobody needs an object."""
+        self.given.append(values)
+
+    def make(self, values: dict[str, Any], **related: models.Model) -> M:
+        """A row with these columns, as an object that counts as stored; `related` holds what foreign keys of it lead
+        to, where that is at hand.
+        """
+        self.given.append(values)
         made = self.model.__new__(self.model)
         state = ModelState()
+        state.adding, state.db = False, connection.alias
         state.fields_cache = self.related | related
         vars(made).update(self.values, _state=state, **values)
         for name, new in self.own.items():
             if name not in values:
                 vars(made)[name] = new()
         return made
+
+    def insert(self) -> None:
+        """Store all rows so far."""
+        if not self.given:
+            return
+        names = set().union(*self.given)
+        columns = _columns(self.model, numbered=self.model._meta.pk.attname in names)
+        differ = [column for column in columns if column.attname in names]
+        if all(len(row) == len(names) for row in self.given):
+            values = _cells(self.given, differ)
+        else:
+            defaults = [(column.attname, self.values[column.attname]) for column in differ]
+            values = [tuple([row.get(name, default) for row in self.given]) for name, default in defaults]
+        same = [column for column in columns if column.attname not in names]
+        _put(self.model, differ, values, {column: self.values[column.attname] for column in same})
 
 
 def _columns(
@@ -85,22 +110,32 @@ def _columns(
     return [field for field in fields if field.name in wanted or field.attname in wanted]
 
 
-def _json(rows: Sequence[models.Model], columns: Sequence[models.Field[Any, Any]]) -> str:
+def _json(columns: Sequence[models.Field[Any, Any]], values: Sequence[tuple[Any, ...]], same: Same) -> str:
+    names = [str(column.column) for column in columns]
+    rest = {str(column.column): value for column, value in same.items()}
     return jsontext.dumps(
-        [{str(column.column): getattr(row, column.attname) for column in columns} for row in rows]
+        [{**dict(zip(names, row, strict=True)), **rest} for row in zip(*values, strict=True)]
     ).decode()
 
 
 def _turned(rows: Sequence[models.Model], columns: Sequence[models.Field[Any, Any]]) -> list[tuple[Any, ...]]:
     """The values of the rows, column by column."""
+    if len(columns) == 1:
+        return [tuple(map(attrgetter(columns[0].attname), rows))]
+    # Not by attribute: that of a foreign key is slow to ask. What was just made or read whole has them all at hand.
+    return _cells([*map(vars, rows)], columns)
+
+
+def _cells(rows: Sequence[Mapping[str, Any]], columns: Sequence[models.Field[Any, Any]]) -> list[tuple[Any, ...]]:
     names = [column.attname for column in columns]
     if len(names) == 1:
-        return [tuple(map(attrgetter(names[0]), rows))]
-    # Not by attribute: that of a foreign key is slow to ask. What was just made or read whole has them all at hand.
-    return list(zip(*map(itemgetter(*names), map(vars, rows)), strict=True))
+        return [tuple(row[names[0]] for row in rows)]
+    return list(zip(*map(itemgetter(*names), rows), strict=True))
 
 
-def _prepared(rows: Sequence[models.Model], columns: Sequence[models.Field[Any, Any]]) -> list[tuple[Any, ...]]:
+def _prepared(
+    columns: Sequence[models.Field[Any, Any]], values: Sequence[tuple[Any, ...]], same: Same
+) -> list[tuple[Any, ...]]:
     """The rows as the database's driver takes them."""
 
     def ready(column: models.Field[Any, Any], values: tuple[Any, ...]) -> Iterable[Any]:
@@ -109,7 +144,8 @@ def _prepared(rows: Sequence[models.Model], columns: Sequence[models.Field[Any, 
         make = partial(column.get_db_prep_save, connection=connection)
         return _documents(make, values) if isinstance(column, models.JSONField) else _each(make, values)
 
-    return list(zip(*map(ready, columns, _turned(rows, columns)), strict=True))
+    rest = [repeat(next(iter(ready(column, (value,)))), len(values[0])) for column, value in same.items()]
+    return list(zip(*map(ready, columns, values), *rest, strict=False))
 
 
 def _each(make: Callable[[Any], Any], values: tuple[Any, ...]) -> Iterable[Any]:
@@ -125,17 +161,21 @@ def _documents(make: Callable[[Any], Any], values: tuple[Any, ...], *, nothing: 
     return ["{}" if value == {} else nothing if value is None else make(value) for value in values]
 
 
-def _copied(rows: Sequence[models.Model], columns: Sequence[models.Field[Any, Any]]) -> bytes:
+def _copied(columns: Sequence[models.Field[Any, Any]], values: Sequence[tuple[Any, ...]], same: Same) -> bytes:
     """The rows as COPY reads them: a line each, cells parted by tabs."""
-    texts = map(_texts, columns, _turned(rows, columns))
-    return "".join(map("{}\n".format, map("\t".join, zip(*texts, strict=True)))).encode()
+    rest = "".join(f"\t{next(iter(_texts(column, (value,))))}" for column, value in same.items())
+    line = "{}" + rest.replace("{", "{{").replace("}", "}}") + "\n"
+    return "".join(map(line.format, map("\t".join, zip(*map(_texts, columns, values), strict=True)))).encode()
 
 
 def _texts(column: models.Field[Any, Any], values: tuple[Any, ...]) -> Iterable[str]:
     if isinstance(column, models.JSONField):
         # JSON holds no tab or line end as it stands.
         return _documents(lambda value: jsontext.dumps(value).decode().replace("\\", "\\\\"), values, nothing="\\N")
-    if set(map(type, values)) == {str}:
+    kinds = set(map(type, values))
+    if kinds == {UUID}:
+        return [f"{value.int:032x}" for value in values]
+    if kinds == {str}:
         whole = "".join(values)
         if not ("\\" in whole or "\t" in whole or "\n" in whole or "\r" in whole):
             return values
@@ -150,23 +190,19 @@ def _text(value: Any) -> str:
     return value.isoformat() if isinstance(value, datetime) else str(value)
 
 
-def number(rows: Sequence[models.Model]) -> None:
-    """Give new rows of a model with an automatic key their keys before they are inserted."""
-    model = type(rows[0])
+def numbers(model: type[models.Model], count: int) -> list[int]:
+    """Keys for so many new rows of a model with an automatic key."""
     table, key = model._meta.db_table, str(model._meta.pk.column)
     with connection.cursor() as cursor:
         if connection.vendor == "postgresql":
             cursor.execute(
-                "SELECT nextval(pg_get_serial_sequence(%s, %s)) FROM generate_series(1, %s)", [table, key, len(rows)]
+                "SELECT nextval(pg_get_serial_sequence(%s, %s)) FROM generate_series(1, %s)", [table, key, count]
             )
-            keys = [pk for (pk,) in cursor.fetchall()]
-        else:
-            # Nobody else writes until this transaction ends.
-            cursor.execute("SELECT seq FROM sqlite_sequence WHERE name = %s", [table])
-            last = (cursor.fetchone() or (0,))[0]
-            keys = list(range(last + 1, last + 1 + len(rows)))
-    for row, pk in zip(rows, keys, strict=True):
-        row.pk = pk
+            return [pk for (pk,) in cursor.fetchall()]
+        # Nobody else writes until this transaction ends.
+        cursor.execute("SELECT seq FROM sqlite_sequence WHERE name = %s", [table])
+        last = (cursor.fetchone() or (0,))[0]
+        return list(range(last + 1, last + 1 + count))
 
 
 def insert(rows: Sequence[models.Model]) -> None:
@@ -175,24 +211,34 @@ def insert(rows: Sequence[models.Model]) -> None:
         return
     model = type(rows[0])
     columns = _columns(model, numbered=rows[0].pk is not None)
-    table = connection.ops.quote_name(model._meta.db_table)
-    names = ", ".join(connection.ops.quote_name(str(column.column)) for column in columns)
-    with connection.cursor() as cursor:
-        if connection.vendor != "postgresql":
-            marks = ", ".join(["%s"] * len(columns))
-            cursor.executemany(f"INSERT INTO {table} ({names}) VALUES ({marks})", _prepared(rows, columns))
-        elif len(rows) < COPY_FROM_ROWS:
-            cursor.execute(
-                f"INSERT INTO {table} ({names}) SELECT {names} FROM json_populate_recordset(NULL::{table}, %s::json)",
-                [_json(rows, columns)],
-            )
-        else:
-            with connection.wrap_database_errors, cursor.copy(f"COPY {table} ({names}) FROM STDIN") as copy:
-                copy.write(_copied(rows, columns))
+    _put(model, columns, _turned(rows, columns), {})
     for row in rows:
         row._state.adding = False
         row._state.db = connection.alias
-    _grown(model._meta.db_table, len(rows))
+
+
+def _put(
+    model: type[models.Model],
+    columns: Sequence[models.Field[Any, Any]],
+    values: Sequence[tuple[Any, ...]],
+    same: Same,
+) -> None:
+    """Insert rows, given column by column; `same` holds what is the same in all of them."""
+    table, count = connection.ops.quote_name(model._meta.db_table), len(values[0])
+    names = ", ".join(connection.ops.quote_name(str(column.column)) for column in (*columns, *same))
+    with connection.cursor() as cursor:
+        if connection.vendor != "postgresql":
+            marks = ", ".join(["%s"] * (len(columns) + len(same)))
+            cursor.executemany(f"INSERT INTO {table} ({names}) VALUES ({marks})", _prepared(columns, values, same))
+        elif count < COPY_FROM_ROWS:
+            cursor.execute(
+                f"INSERT INTO {table} ({names}) SELECT {names} FROM json_populate_recordset(NULL::{table}, %s::json)",
+                [_json(columns, values, same)],
+            )
+        else:
+            with connection.wrap_database_errors, cursor.copy(f"COPY {table} ({names}) FROM STDIN") as copy:
+                copy.write(_copied(columns, values, same))
+    _grown(model._meta.db_table, count)
 
 
 def among(texts: Iterable[str]) -> RawSQL:
@@ -237,10 +283,11 @@ def update(rows: Sequence[models.Model], names: Iterable[str]) -> None:
             cursor.execute(
                 f"UPDATE {table} SET {sets} FROM json_populate_recordset(NULL::{table}, %s::json) AS given"
                 f" WHERE {table}.{quote(str(key.column))} = given.{quote(str(key.column))}",
-                [_json(rows, [key, *columns])],
+                [_json([key, *columns], _turned(rows, [key, *columns]), {})],
             )
         else:
             sets = ", ".join(f"{quote(str(c.column))} = %s" for c in columns)
             cursor.executemany(
-                f"UPDATE {table} SET {sets} WHERE {quote(str(key.column))} = %s", _prepared(rows, [*columns, key])
+                f"UPDATE {table} SET {sets} WHERE {quote(str(key.column))} = %s",
+                _prepared([*columns, key], _turned(rows, [*columns, key]), {}),
             )

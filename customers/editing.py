@@ -262,7 +262,6 @@ def create(
         raise InvalidCustomer(errors)
     at = at or timezone.now()
     customers: list[Customer] = []
-    changes: list[CustomerChange] = []
     blank = bulk.Mould(Customer, organization=organization, version=1, created_at=at, updated_at=at)
     said = bulk.Mould(CustomerChange, organization=organization, version=1, at=at, **_author(actor))
     for row, id_ in zip(values, uuid7s(len(values)), strict=True):
@@ -270,10 +269,10 @@ def create(
         columns["id"] = id_
         customers.append(blank.make(columns))
         filled = {name: [None, v] for name in EDITABLE if (v := columns.get(name)) or v is False}
-        changes.append(said.make({"customer_id": id_, "changes": filled}))
+        said.add({"customer_id": id_, "changes": filled})
     with transaction.atomic(savepoint=False):
-        bulk.insert(customers)
-        bulk.insert(changes)
+        blank.insert()
+        said.insert()
         changed = [Changed(customer_id=c.id, version=1, fields=frozenset(EDITABLE), created=True) for c in customers]
         if changed:
             customers_changed.send(sender=Customer, organization=organization, actor=actor, changes=changed, at=at)

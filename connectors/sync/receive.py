@@ -141,7 +141,8 @@ def _receive(
     )
 
     results: dict[Any, Received] = {}
-    fresh_links = _new_links(connection, new.values(), created, at) if connection and new else []
+    mould = _links_mould(connection, at) if connection and new else None
+    fresh_links = _new_links(mould, new.values(), created) if mould else []
     for key, customer, link in zip_longest(new, created, fresh_links):
         results[key] = Received(outcome=CREATED, customer=customer, link=link)
     for key, link in stale.items():
@@ -169,15 +170,18 @@ def _receive(
             link=link,
             merge=merges.get(key),
         )
-    if fresh_links:
+    if mould is not None:
         # Where they come from leads, not a system that new customers are sent to at once.
         if CustomerLink.objects.filter(customer__in=created[:1]).exists():
             CustomerLink.objects.filter(customer__in=created, is_primary=True).update(is_primary=False)
         if connection is not None and connection.pushes:
             # The customers are there already: they are not to be created by the links that new customers get at once.
             CustomerLink.objects.filter(connection=connection, customer__in=created).delete()
-        bulk.number(fresh_links)
-        bulk.insert(fresh_links)
+        for values, link, pk in zip(
+            mould.given, fresh_links, bulk.numbers(CustomerLink, len(fresh_links)), strict=True
+        ):
+            values["id"] = link.pk = pk
+        mould.insert()
     bulk.update(list(moved.values()), TAKEN)
     for run_id, number in sorted(settled.items()):
         runs.add(run_id=run_id, totals={UNCHANGED: number}, at=at)
@@ -434,12 +438,15 @@ def _json(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: "" if value is None else value for name, value in values.items()}
 
 
-def _new_links(
-    connection: Connection, records: Iterable[Record], customers: Sequence[Customer], at: datetime
-) -> list[CustomerLink]:
-    new = bulk.Mould(
+def _links_mould(connection: Connection, at: datetime) -> bulk.Mould[CustomerLink]:
+    return bulk.Mould(
         CustomerLink, connection=connection, sync_seq=1, is_primary=True, synced_at=at, created_at=at, updated_at=at
     )
+
+
+def _new_links(
+    mould: bulk.Mould[CustomerLink], records: Iterable[Record], customers: Sequence[Customer]
+) -> list[CustomerLink]:
     links = []
     for record, customer, uid in zip(records, customers, uuid7s(len(customers)), strict=True):
         base, here = _json(record.values), vars(customer)
@@ -455,7 +462,7 @@ def _new_links(
             "pushed_version": customer.version,
             "needed_version": customer.version,
         }
-        links.append(new.make(values, customer=customer))
+        links.append(mould.make(values, customer=customer))
     return links
 
 
