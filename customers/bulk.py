@@ -64,6 +64,7 @@ class Mould(Generic[M]):
         self.own = {name: type(value) for name, value in self.values.items() if isinstance(value, dict | list)}
         self.related = dict(pattern._state.fields_cache)
         self.given: list[dict[str, Any]] = []
+        self.alias = connection.alias
 
     def add(self, values: dict[str, Any]) -> None:
         """A row with these columns, of which nobody needs an object."""
@@ -76,12 +77,12 @@ class Mould(Generic[M]):
         self.given.append(values)
         made = self.model.__new__(self.model)
         state = ModelState()
-        state.adding, state.db = False, connection.alias
+        state.adding, state.db = False, self.alias
         state.fields_cache = self.related | related
-        vars(made).update(self.values, _state=state, **values)
+        made.__dict__ = {**self.values, "_state": state, **values}
         for name, new in self.own.items():
             if name not in values:
-                vars(made)[name] = new()
+                made.__dict__[name] = new()
         return made
 
     def insert(self) -> None:
@@ -156,38 +157,43 @@ def _each(make: Callable[[Any], Any], values: tuple[Any, ...]) -> Iterable[Any]:
     return map(make, values)
 
 
-def _documents(make: Callable[[Any], Any], values: tuple[Any, ...], *, nothing: str | None = None) -> Iterable[Any]:
+def _documents(make: Callable[[Any], Any], values: tuple[Any, ...]) -> Iterable[Any]:
     """`make` of each JSON value, which takes no two for alike: 1 and true are equal."""
-    return ["{}" if value == {} else nothing if value is None else make(value) for value in values]
+    return ["{}" if value == {} else None if value is None else make(value) for value in values]
 
 
 def _copied(columns: Sequence[models.Field[Any, Any]], values: Sequence[tuple[Any, ...]], same: Same) -> bytes:
     """The rows as COPY reads them: a line each, cells parted by tabs."""
-    rest = "".join(f"\t{next(iter(_texts(column, (value,))))}" for column, value in same.items())
-    line = "{}" + rest.replace("{", "{{").replace("}", "}}") + "\n"
-    return "".join(map(line.format, map("\t".join, zip(*map(_texts, columns, values), strict=True)))).encode()
+    rest = b"".join(b"\t" + next(iter(_texts(column, (value,)))) for column, value in same.items()) + b"\n"
+    return rest.join([*map(b"\t".join, zip(*map(_texts, columns, values), strict=True)), b""])
 
 
-def _texts(column: models.Field[Any, Any], values: tuple[Any, ...]) -> Iterable[str]:
+def _texts(column: models.Field[Any, Any], values: tuple[Any, ...]) -> Iterable[bytes]:
     if isinstance(column, models.JSONField):
         # JSON holds no tab or line end as it stands.
-        return _documents(lambda value: jsontext.dumps(value).decode().replace("\\", "\\\\"), values, nothing="\\N")
+        return [
+            b"{}" if value == {} else b"\\N" if value is None else jsontext.dumps(value).replace(b"\\", b"\\\\")
+            for value in values
+        ]
     kinds = set(map(type, values))
     if kinds == {UUID}:
-        return [f"{value.int:032x}" for value in values]
+        return [b"%032x" % value.int for value in values]
     if kinds == {str}:
-        whole = "".join(values)
-        if not ("\\" in whole or "\t" in whole or "\n" in whole or "\r" in whole):
-            return values
+        # As one text: to look for what is to be escaped, and to encode it.
+        whole = "\n".join(values)
+        if not ("\\" in whole or "\t" in whole or "\r" in whole or whole.count("\n") >= len(values)):
+            return whole.encode().split(b"\n")
     return _each(_text, values)
 
 
-def _text(value: Any) -> str:
+def _text(value: Any) -> bytes:
     if value is None:
-        return "\\N"
+        return b"\\N"
     if isinstance(value, str):
-        return value.replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")
-    return value.isoformat() if isinstance(value, datetime) else str(value)
+        text = value.replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")
+    else:
+        text = value.isoformat() if isinstance(value, datetime) else str(value)
+    return text.encode()
 
 
 def numbers(model: type[models.Model], count: int) -> list[int]:
@@ -212,9 +218,10 @@ def insert(rows: Sequence[models.Model]) -> None:
     model = type(rows[0])
     columns = _columns(model, numbered=rows[0].pk is not None)
     _put(model, columns, _turned(rows, columns), {})
+    alias = connection.alias
     for row in rows:
         row._state.adding = False
-        row._state.db = connection.alias
+        row._state.db = alias
 
 
 def _put(

@@ -108,7 +108,7 @@ def _e164(text: str, country: str = "") -> str:
     """E.164 that reads back as itself, or "" if phonenumbers can make nothing of the text."""
     key = _parsed(text, country)
     # One reading drops one trunk prefix, and "+49 0 030 ..." has two; every further reading is shorter.
-    while key and (again := _parsed(key)) != key:
+    while key and key != text and not _ALREADY_E164.fullmatch(key) and (again := _parsed(key)) != key:
         key = again
     return key
 

@@ -356,6 +356,8 @@ def _row(number: int, cells: Sequence[Cell], columns: Sequence[str | None], *, r
         if not cell:
             if column:
                 empty.append(column)
+        elif column in _TEXTS and type(cell) is str and cell[0] != "'" and cell.isprintable() and not cell.isspace():
+            values[column] = cell  # as nearly all are
         elif not column:
             if column is not None:
                 wrong[""] = NO_COLUMN
