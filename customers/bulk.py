@@ -26,6 +26,8 @@ from customers import jsontext
 
 # From here on COPY is faster than a JSON parameter.
 COPY_FROM_ROWS = 200
+# So many at a time are made ready: the database stores some while others are made, and their texts take little memory.
+COPY_ROWS = 500
 ANALYZE_FROM_ROWS = 1024
 # A table is counted again when it has grown by this power of two.
 ANALYZE_BITS = 3
@@ -86,7 +88,7 @@ class Mould(Generic[M]):
         return made
 
     def insert(self) -> None:
-        """Store all rows so far."""
+        """Store all rows so far, which are no more `given` then."""
         if not self.given:
             return
         names = set().union(*self.given)
@@ -98,6 +100,7 @@ class Mould(Generic[M]):
             defaults = [(column.attname, self.values[column.attname]) for column in differ]
             values = [tuple([row.get(name, default) for row in self.given]) for name, default in defaults]
         same = [column for column in columns if column.attname not in names]
+        self.given.clear()
         _put(self.model, differ, values, {column: self.values[column.attname] for column in same})
 
 
@@ -244,7 +247,9 @@ def _put(
             )
         else:
             with connection.wrap_database_errors, cursor.copy(f"COPY {table} ({names}) FROM STDIN") as copy:
-                copy.write(_copied(columns, values, same))
+                for start in range(0, count, COPY_ROWS):
+                    part = [cells[start : start + COPY_ROWS] for cells in values]
+                    copy.write(_copied(columns, part, same))
     _grown(model._meta.db_table, count)
 
 
