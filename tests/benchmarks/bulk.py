@@ -27,7 +27,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from tests.benchmarks.measuring import Figure, in_turn, options, own_database, ratio, report
+from tests.benchmarks.measuring import Figure, in_turn, options, own_database, ratio, report, timed
 
 ROWS = {"smoke": 300, "small": 20_000, "full": 100_000}
 # Other importers are slow: they take so many of the rows.
@@ -147,6 +147,13 @@ def rate(do: Callable[[], object], *, rows: int, before: Callable[[], object] = 
     return rows / max(processor() - began, 1e-3)
 
 
+def pace(do: Callable[[], object], *, rows: int) -> float:
+    """Rows per second of time, into empty tables."""
+    empty()
+    with silent():
+        return rows / timed(do)
+
+
 def figure(
     goal: str, what: str, kept: dict[str, list[float]], hub: str, other: str, aim: float | None = None
 ) -> Figure:
@@ -239,6 +246,14 @@ def postgresql(bench: Bench, rounds: int) -> list[Figure]:
     }
     kept = in_turn(load, rounds=rounds)
     figures = [figure("G1", "new rows, one process, by raw COPY + ON CONFLICT", kept, "hub", "raw", 0.7)]
+
+    # How long two processes take, their beginning included, by how long the one that PostgreSQL has for the raw side.
+    both = {
+        "hub": partial(pace, partial(bench.take, bench.file, "--workers=2"), rows=rows),
+        "raw": partial(pace, partial(raw, stored), rows=rows),
+    }
+    kept = in_turn(both, rounds=rounds)
+    figures.append(figure("G1", "new rows, two processes, by raw, in time", kept, "hub", "raw", 1.3))
 
     # Again, unchanged. What the raw side loaded last is what the hub left, but for the statistics.
     execute("VACUUM ANALYZE")
