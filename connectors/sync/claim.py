@@ -10,13 +10,15 @@ import secrets
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import lru_cache
 from uuid import UUID
 
 from django.db import connection as database
-from django.db.models import F, Q, QuerySet
+from django.db.models import BigAutoField, DateTimeField, Exists, F, OuterRef, Q, QuerySet, UUIDField
 
 from connectors.models import Connection, CustomerLink
 from connectors.states import LinkState
+from customers.prepared import Among, Param, Prepared
 
 # A call may take half of this. It is renewed while work goes on.
 LEASE = timedelta(seconds=60)
@@ -31,7 +33,7 @@ class Claim:
     died: dict[int, datetime] = field(default_factory=dict)
 
 
-def due(*, now: datetime) -> Q:
+def due(*, now: datetime | Param) -> Q:
     """Links that wait to be sent and that nobody holds. Of duplicates, those whose create has yet to be found.
 
     Of a connection whose first steps are not over: what somebody asked for in a run, and what follows of a sending.
@@ -45,11 +47,12 @@ def due(*, now: datetime) -> Q:
 
 def due_connections(*, now: datetime) -> QuerySet[Connection]:
     """Connections that may be used now and have links to send."""
-    waiting = CustomerLink.objects.filter(due(now=now)).values("connection_id").distinct()
+    # Asked of each connection, so that the first link answers: millions may be due.
+    waiting = CustomerLink.objects.filter(due(now=now), connection=OuterRef("pk"))
     return Connection.objects.filter(
         Q(not_before=None) | Q(not_before__lte=now),
         Q(breaker_until=None) | Q(breaker_until__lte=now),
-        pk__in=waiting,
+        Exists(waiting),
         direction__in=Connection.PUSHING,
         state=Connection.State.ACTIVE,
     ).select_related("organization")
@@ -69,18 +72,8 @@ def claim(
 
     A link on which a worker died is claimed alone, so that it takes no others with it when it kills the next one.
     """
-    rows = CustomerLink.objects.filter(due(now=now), connection=connection)
-    if customer_ids is not None:
-        rows = rows.filter(customer_id__in=customer_ids)
-    if but:
-        rows = rows.exclude(pk__in=but)
-    # SQLite ignores the row lock: there the IMMEDIATE transaction keeps others out.
-    rows = rows.select_for_update(
-        skip_locked=database.features.has_select_for_update_skip_locked,
-        of=("self",) if database.features.has_select_for_update_of else (),
-    )
-    rows = rows.select_related("customer").order_by(F("urgent").desc(), "next_attempt_at", "pk")
-    links = list(rows[:limit])
+    given = {"now": now, "connection": connection.pk, "customers": customer_ids, "but": but}
+    links = _first(limit, customer_ids is not None, bool(but))(**given)
     if links and links[0].crashes:
         links = links[:1]
     links = links[:1] + [link for link in links[1:] if not link.crashes]
@@ -91,6 +84,26 @@ def claim(
         link.lease_token = token
         link.lease_until = now + LEASE
     return Claim(token=token, links=links, died={pk: until for pk, until in held_before.items() if until})
+
+
+# Building this query costs several times what the database needs for it; a worker asks for few sizes of claims.
+@lru_cache(maxsize=128)
+def _first(limit: int, of_some: bool, but_some: bool) -> Prepared[CustomerLink]:
+    def build() -> QuerySet[CustomerLink]:
+        connection = Param("connection", BigAutoField())
+        rows = CustomerLink.objects.filter(due(now=Param("now", DateTimeField())), connection_id=connection)
+        if of_some:
+            rows = rows.filter(Among("customer_id", "customers", UUIDField()))
+        if but_some:
+            rows = rows.exclude(Among("id", "but", BigAutoField()))
+        # SQLite ignores the row lock: there the IMMEDIATE transaction keeps others out.
+        rows = rows.select_for_update(
+            skip_locked=database.features.has_select_for_update_skip_locked,
+            of=("self",) if database.features.has_select_for_update_of else (),
+        )
+        return rows.select_related("customer").order_by(F("urgent").desc(), "next_attempt_at", "pk")[:limit]
+
+    return Prepared(build)
 
 
 def renew(*, token: str, links: Collection[int], now: datetime) -> int:
