@@ -567,6 +567,12 @@ class CustomerLink(models.Model):
                 condition=Q(pushed_version__lt=F("needed_version"), next_attempt_at__isnull=False),
             ),
             models.Index(fields=["connection", "updated_at", "id"], name="link_changed"),
+            models.Index(fields=["connection", "created_at", "id"], name="link_created"),
+            models.Index(
+                fields=["connection", "remote_created_at"],
+                name="link_created_there",
+                condition=Q(remote_created_at__isnull=False),
+            ),
             # Few links have one: an index of all would be written for the others, too.
             models.Index(fields=["run"], name="link_run", condition=Q(run__isnull=False)),
             models.Index(fields=["original_customer"], name="link_moved", condition=Q(original_customer__isnull=False)),

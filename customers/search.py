@@ -154,6 +154,20 @@ def named(term: str, *, organization: Organization) -> QuerySet[Customer] | None
     return rows.alias(haystack=_haystack()).filter(found)
 
 
+def written(text: str, *, organization: Organization) -> QuerySet[Customer] | None:
+    """The organization's customers whose name or e-mail may have this text in it, in any case, and others.
+
+    None where the index cannot tell. "i" is not asked for: a dotless one has the same capital and another key.
+    """
+    if not text.isascii():
+        return None
+    parts = [part for part in re.split(r"[\si]+", text.lower()) if len(part) >= TRIGRAM]
+    if not parts:
+        return None
+    rows = Customer.objects.filter(organization=organization).alias(haystack=_haystack())
+    return rows.filter(_having(parts, personal=True, among=None))
+
+
 def find(
     rows: QuerySet[Customer],
     term: str,

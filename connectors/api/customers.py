@@ -193,16 +193,18 @@ class Customers(UnifiedCustomers, Resource):
         start_over(change)
 
     def listed(self, query: Mapping[str, Any]) -> Response:
-        rows = select(self.customers(), query, organization=self.organization)
+        own = self.customers()
         if query.get("cursor") is None:
-            return self.page(rows, page=query["page"], limit=query["limit"])
+            rows, part = select(own, query, organization=self.organization)
+            return self.page(rows, page=query["page"], limit=query["limit"], part=part)
         if "page" in self.request.query_params:
             raise serializers.ValidationError({"page": ["Send page or cursor, not both."]})
         given = self.request.query_params.dict()
         if query["cursor"]:
-            rows = rows.filter(pk__gt=read_cursor(query["cursor"], given, organization=self.organization))
+            own = own.filter(pk__gt=read_cursor(query["cursor"], given, organization=self.organization))
+        rows, part = select(own, query, organization=self.organization)
         limit = query["limit"]
-        found = [one(row) for row in with_leading(rows.order_by("id"))[: limit + 1]]
+        found = [one(row) for row in with_leading(part(rows, 0, limit + 1))[: limit + 1]]
         more, found = len(found) > limit, found[:limit]
         return Response(
             {

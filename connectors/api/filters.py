@@ -5,23 +5,27 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 from uuid import UUID
 
 import orjson
 from django.db.models import Exists, OuterRef, Q, QuerySet
+from django.db.models.functions import Coalesce
 from rest_framework import serializers
 
 from connectors.api import cursors
 from connectors.inbound.fields import Text
 from connectors.inbound.totals import FEW
 from connectors.models import REMOTE_ID_LENGTH, Connection, CustomerLink
-from connectors.providers.links import ListQuery
+from connectors.providers.links import ListQuery, Part, by_id
 from customers.editing import LENGTHS
 from customers.ids import parse_public_id
 from customers.models import Customer, Organization
 from customers.normalize import email_key, name_key, phone_key
 
+# So many customers are read in the order of a list before another index is asked.
+STRETCH = 10_000
 FILTERS = (
     "email",
     "phone",
@@ -94,9 +98,14 @@ class Filters(ListQuery):
     expand = Expand()
 
 
-def select(rows: QuerySet[Customer], query: Mapping[str, Any], *, organization: Organization) -> QuerySet[Customer]:
-    """Those of the organization's customers that the filters leave. Raises ValidationError."""
-    rows = rows.filter(merged_into=None)
+def select(
+    own: QuerySet[Customer], query: Mapping[str, Any], *, organization: Organization
+) -> tuple[QuerySet[Customer], Part]:
+    """Those of the organization's customers (`own`, or of these the ones behind a cursor) that the filters leave, and
+    how to read them. Raises ValidationError.
+    """
+    part: Part = by_id
+    rows = own.filter(merged_into=None)
     if not query["include_archived"]:
         rows = rows.filter(archived_at=None)
     if "is_active" in query:
@@ -104,10 +113,12 @@ def select(rows: QuerySet[Customer], query: Mapping[str, Any], *, organization: 
     if "updated_since" in query:
         rows = rows.filter(updated_at__gte=query["updated_since"])
         of_them = Customer.objects.filter(organization=organization, updated_at__gte=query["updated_since"])
-        # The list is in another order than this index: of few the ids are read first, of many a page is soon full.
+        # The list is in another order than this index: of few the ids are read first.
         few = list(of_them.order_by("-updated_at", "-id").values_list("pk", flat=True)[: FEW + 1])
         if len(few) <= FEW:
             rows = rows.filter(pk__in=few)
+        else:
+            part = partial(scattered, own)
     if "email" in query:
         rows = rows.filter(email_key=_email(query["email"]))
     if "phone" in query:
@@ -134,7 +145,21 @@ def select(rows: QuerySet[Customer], query: Mapping[str, Any], *, organization: 
             rows = rows.filter(pk__in=list(known))
         else:
             rows = rows.filter(Exists(links.filter(customer=OuterRef("pk"))))
-    return rows
+    return rows, part
+
+
+def scattered(own: QuerySet[Customer], rows: QuerySet[Customer], first: int, number: int) -> QuerySet[Customer]:
+    """A `Part` for rows that an index of another order finds: of `own` by id they may be few, or all at the end.
+
+    They are read by id for a stretch. Where that leaves the page short, all that the other index names are sorted.
+    """
+    edge = list(own.order_by("id").values_list("pk", flat=True)[STRETCH : STRETCH + 1])
+    near = rows.filter(pk__lt=edge[0]) if edge else rows
+    ids = list(near.order_by("id").values_list("pk", flat=True)[first : first + number])
+    if edge and len(ids) < number:
+        # Not by the column itself: PostgreSQL would read by id then, because it takes rows to be spread evenly.
+        ids = list(rows.order_by(Coalesce("pk", "pk")).values_list("pk", flat=True)[first : first + number])
+    return rows.filter(pk__in=ids).order_by("id")
 
 
 def _meant(text: str, organization: Organization) -> Q:

@@ -16,19 +16,24 @@ from connectors.api import problems
 from connectors.api.problems import Refusal
 from connectors.inbound.errors import fault_of
 from connectors.inbound.mirror import Mirror, reader
+from connectors.inbound.quick import Quick
 from customers.editing import StaleVersion
 from customers.ids import parse_public_id
 
 _ETAG = re.compile(r'(?:W/)?"v(\d{1,9})"')
 
 
-class Strict(serializers.Serializer[Any]):
+class Strict(Quick):
     """A body or query of which every name is known: an unknown one is refused, with the name that was likely meant."""
+
+    strict = True
 
     def to_internal_value(self, data: Any) -> Any:
         if isinstance(data, Mapping) and (unknown := [name for name in data if name not in self.fields]):
             raise serializers.ValidationError({name: [_unknown(name, self.fields)] for name in unknown})
         return super().to_internal_value(data)
+
+    usually = to_internal_value
 
 
 class Nothing(Strict):

@@ -20,7 +20,7 @@ from connectors.provider import Record
 from connectors.sync.races import start_over
 from connectors.sync.receive import CREATED, UNCHANGED, receive
 from customers import editing
-from customers.editing import FLAGS, LENGTHS, TEXTS, Actor, StaleVersion, UnknownCustomer
+from customers.editing import FLAGS, LENGTHS, TEXTS, Actor, Checked, StaleVersion, UnknownCustomer
 from customers.models import Customer, CustomerChange, Organization
 from customers.prepared import Among, Prepared
 
@@ -218,7 +218,9 @@ def _carry_out(
             # Where the hub sends to that system, this is an edit that is still to be sent there.
             connection, record = None, Record(values=plan.values, customer_id=before.pk)
         else:
-            record = Record(values=plan.values, remote_id=item.source_id)
+            # `_plan` found nothing wrong with them, for a new customer if it is one.
+            values = Checked(plan.values) if before is None else plan.values
+            record = Record(values=values, remote_id=item.source_id)
         batches.setdefault(connection, {})[position] = record
     outcomes = {}
     for connection, records in batches.items():

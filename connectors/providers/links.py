@@ -7,7 +7,7 @@ records themselves: what it shows of a source is the customer's leading link.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from typing import Any, ClassVar, NamedTuple
@@ -35,6 +35,7 @@ from connectors.exceptions import ConnectionUnusable, Gone, OutcomeUnknown, Reje
 from connectors.inbound.errors import Fault, dotted
 from connectors.inbound.fields import Text, well_formed
 from connectors.inbound.mirror import Mirror, read_query
+from connectors.inbound.quick import Quick
 from connectors.inbound.totals import TOLD, total_of
 from connectors.models import Connection, CustomerLink
 from connectors.outbound import Session
@@ -58,7 +59,7 @@ def timestamp(moment: datetime | None) -> str | None:
 
 
 @extend_schema_serializer(component_name="LinksCustomer")
-class Wire(serializers.Serializer[Any]):
+class Wire(Quick):
     """A customer in Links' words. Keys outside the request table are read-only: they are ignored when sent."""
 
     email = Text(max_length=254, validators=[well_formed])
@@ -302,6 +303,19 @@ def _read(columns: tuple[Any, ...]) -> Leading | None:
     return None if provider is None else Leading(provider, uid, remote_id, Fragment(document), *others)
 
 
+# Of some customers in the order of their ids: so many, from the first, second, … on, in that order.
+Part = Callable[[QuerySet[Customer], int, int], QuerySet[Customer]]
+
+
+def by_id(rows: QuerySet[Customer], first: int, number: int) -> QuerySet[Customer]:
+    """A `Part` for rows that stand close together in that order."""
+    ordered = rows.order_by("id")
+    if first:
+        # An index alone tells which to skip; only those of the page are read.
+        ordered = ordered.filter(pk__in=rows.order_by("id")[first : first + number].values("pk"))
+    return ordered
+
+
 _OF = Param("organization", BigAutoField())
 _FIND = Prepared(lambda: with_leading(Customer.objects.filter(organization_id=_OF, pk=Param("id", UUIDField()))))
 _LEADING = Prepared(
@@ -440,14 +454,10 @@ class UnifiedCustomers(Mirror):
         """The documented answer that shows one customer."""
         return Response({"data": self.shown_all([found])[0]}, status=status)
 
-    def page(self, rows: QuerySet[Customer], *, page: int, limit: int) -> Response:
+    def page(self, rows: QuerySet[Customer], *, page: int, limit: int, part: Part = by_id) -> Response:
         """The documented answer that shows a page of these."""
         first = (page - 1) * limit
-        ordered = rows.order_by("id")
-        if first:
-            # An index alone tells which to skip; only those of the page are read.
-            ordered = ordered.filter(pk__in=rows.order_by("id")[first : first + limit + 1].values("pk"))
-        found = list(with_leading(ordered)[: limit + 1])
+        found = list(with_leading(part(rows, first, limit + 1))[: limit + 1])
         if found:
             total = total_of(rows, least=first + len(found), ended=len(found) <= limit)
         else:

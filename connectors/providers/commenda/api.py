@@ -49,6 +49,8 @@ from customers.models import Customer
 from customers.normalize import clean_text, name_key
 
 MAX_KEY = 2**63 - 1
+# Where no index finds what is wanted: how many rows are looked at together, and how often one request looks on.
+ROWS, LOOKS = 10_000, 4
 ERRORS = {
     401: ("CLIENT_UNAUTHORIZED", "Failed to authenticate the request"),
     403: ("CLIENT_FORBIDDEN", "The API token does not permit this"),
@@ -293,13 +295,18 @@ class Customers(Mirror):
     def list(self, request: Request) -> Response:
         query = read_query(ListQuery, request)
         connection = self.corporation(query["corporation_id"])
-        rows = self.matching(self.links().filter(connection=connection, customer__archived_at=None), query)
+        rows, found_by_index = self.matching(
+            self.links().filter(connection=connection, customer__archived_at=None), query
+        )
         after = query.get("cursor", 0)
         primary = CustomerLink.objects.filter(is_primary=True, deleted_at=None).select_related("connection")
         rows = rows.prefetch_related(Prefetch("customer__links", queryset=primary, to_attr="leading_links"))
-        found = list(rows.filter(pk__gt=after).order_by("pk")[: query["limit"] + 1])
+        own = CustomerLink.objects.filter(connection=connection)
+        found, looked_to = following(after, rows, own=None if found_by_index else own, number=query["limit"] + 1)
         page = found[: query["limit"]]
-        total = total_of(rows, least=len(found), ended=not after and len(found) <= query["limit"])
+        ended = len(found) <= query["limit"] and looked_to is None
+        total = total_of(rows, least=len(found), ended=ended and not after, among=None if found_by_index else own)
+        last = page[-1].pk if len(found) > len(page) else looked_to
         extend = query.get("extend", ())
         listed = {
             "customers": [
@@ -308,13 +315,15 @@ class Customers(Mirror):
                 for leading in getattr(link.customer, "leading_links", []) or [None]
             ],
             "total_customers": total,
-            "cursor": cursor(page[-1].pk) if len(found) > len(page) else None,
+            "cursor": None if last is None else cursor(last),
         }
         return Response({**listed, "data": listed, "message": "Successfully fetched customers."})
 
-    def matching(self, rows: QuerySet[CustomerLink], query: Mapping[str, Any]) -> QuerySet[CustomerLink]:
+    def matching(self, rows: QuerySet[CustomerLink], query: Mapping[str, Any]) -> tuple[QuerySet[CustomerLink], bool]:
+        """Those of the rows that the query wants, and whether an index finds them."""
         if any(query.get(name) for name in EXEMPTION_FILTERS):
-            return rows.none()  # the hub keeps no exemption certificates
+            return rows.none(), True  # the hub keeps no exemption certificates
+        indexed = not (query.get("search_term") or query.get("source_platforms")) or bool(query.get("name"))
         if name := query.get("name"):
             # The key is indexed, the text decides.
             rows = rows.filter(
@@ -326,7 +335,7 @@ class Customers(Mirror):
             rows = rows.filter(customer__organization=self.organization, customer__name_key__contains=term)
             named = search.named(term, organization=self.organization)
             if named is not None and len(few := list(named.values_list("pk", flat=True)[: FEW + 1])) <= FEW:
-                rows = rows.filter(customer__in=few)
+                rows, indexed = rows.filter(customer__in=few), True
         platforms, ids = query.get("source_platforms"), query.get("source_platform_ids")
         if platforms or ids:
             sources = Connection.objects.filter(organization=self.organization)
@@ -337,13 +346,38 @@ class Customers(Mirror):
             )
             if ids:
                 source = source.filter(remote_id__in=ids)
-                rows = rows.filter(customer__in=list(source.values_list("customer", flat=True)))
+                rows, indexed = rows.filter(customer__in=list(source.values_list("customer", flat=True))), True
             source = source.filter(customer=OuterRef("customer")).exclude(connection=OuterRef("connection"))
             rows = rows.filter(Exists(source))
-        return rows
+        return rows, indexed
 
     def locked(self, link: CustomerLink) -> Customer:
         return editing.lock(organization=self.organization, ids=[link.customer_id])[link.customer_id]
+
+
+def following(
+    key: int, rows: QuerySet[CustomerLink], *, own: QuerySet[CustomerLink] | None, number: int
+) -> tuple[list[CustomerLink], int | None]:
+    """The next of these rows, and the key up to which was looked for them; None: to the end.
+
+    `own` are all rows of the corporation, where no index finds the ones that are wanted among them: then so many are
+    looked at and no more.
+    """
+    found: list[CustomerLink] = []
+    for _ in range(LOOKS):
+        part, ends = rows.filter(pk__gt=key), []
+        if own is not None:
+            beyond = own.filter(pk__gt=key).order_by("pk").values_list("pk", flat=True)
+            ends = list(beyond[ROWS - 1 : ROWS])
+        if ends:
+            part = part.filter(pk__lte=ends[0])
+        found += part.order_by("pk")[: number - len(found)]
+        if not ends:
+            return found, None
+        key = ends[0]
+        if len(found) == number:
+            break
+    return found, key
 
 
 def with_number(customer: Customer | None, number: str | None) -> dict[str, Any]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import reduce
+from operator import and_
 from typing import Any, ClassVar
 from urllib.parse import parse_qs
 
 from django.db import transaction
-from django.db.models import Case, F, QuerySet, TextField, Value, When
+from django.db.models import Case, F, Q, QuerySet, TextField, Value, When
 from django.db.models.fields.json import KT
 from django.db.models.functions import Cast, Coalesce, Greatest
 from django.utils import timezone
@@ -32,12 +34,14 @@ from connectors.providers.rootfi.listing import (
     Field,
     KeptTime,
     Listing,
+    Looks,
     Number,
     Text,
     Time,
     UniqueId,
     understand,
 )
+from connectors.providers.rootfi.looks import by_change, in_index
 from connectors.providers.rootfi.wire import (
     ACTIVE,
     ARCHIVED,
@@ -50,6 +54,7 @@ from connectors.providers.rootfi.wire import (
     updated,
 )
 from connectors.sync.receive import Received, receive
+from customers import search
 from customers.editing import LENGTHS, Actor
 from customers.models import Customer
 from customers.normalize import email_key, name_key
@@ -58,6 +63,15 @@ MAX_BATCH = 500
 # How many wrong fields an error message names.
 SHOWN_ERRORS = 20
 CUSTOMERS = "ECOMMERCE_CUSTOMERS"
+# What a list is filtered by through an index: exactly, or whatever is asked of it.
+EXACT = frozenset({"rootfi_id", "platform_id", "name", "email"})
+INDEXED = frozenset({"rootfi_id", "rootfi_company_id"})
+# The columns, each with an index, one of which is what a field shows.
+COLUMNS = {
+    "rootfi_created_at": ("created_at",),
+    "created_at": ("created_at", "remote_created_at"),
+    "rootfi_updated_at": ("updated_at",),
+}
 IDENTIFIER = r"^[A-Z0-9_]{2,40}$"
 BOOLEAN = serializers.BooleanField()
 
@@ -324,8 +338,11 @@ class Customers(RootFiMirror):
         rows = CustomerLink.objects.filter(connection__in=list(companies), customer__organization=self.organization)
         if not listing.include_deleted:
             rows = rows.filter(deleted_at=None, customer__archived_at=None)
-        rows = self.changed(listing.filtered(rows, self.fields), listing, companies)
-        total = total_of(rows) if listing.count else None
+        rows = listing.filtered(rows, self.fields)
+        few = self.few(listing, companies)
+        if few is not None:
+            rows = rows.filter(few)
+        looks = None if few is not None else self.looks(listing, companies)
         links, prev, following = listing.page(
             rows.select_related("customer").defer("base_local", "base_remote", "customer__custom_fields"),
             lambda link: {
@@ -333,7 +350,10 @@ class Customers(RootFiMirror):
                 "rootfi_created_at": link.created_at,
                 "rootfi_updated_at": updated(link),
             },
+            looks=looks,
         )
+        among = CustomerLink.objects.filter(connection__in=list(companies)) if looks and listing.filters else None
+        total = total_of(rows, among=among) if listing.count else None
         data = []
         for link in links:
             shown = WIRE.show(link, company_id=companies[link.connection_id])
@@ -344,26 +364,68 @@ class Customers(RootFiMirror):
             data.append(shown)
         return Response({"data": data, "prev": prev, "next": following, "total_count": total})
 
-    def changed(
-        self, rows: QuerySet[CustomerLink], listing: Listing, companies: Mapping[int, int]
-    ) -> QuerySet[CustomerLink]:
-        """The rows, where a filter on `rootfi_updated_at` leaves few of them less the others.
+    def few(self, listing: Listing, companies: Mapping[int, int]) -> Q | None:
+        """A condition that holds for every row that the filters keep, and for few others; None where there is none.
 
-        That moment is the later one of two tables', so no index has it: what has changed in either is read first.
+        What an index finds is read first where it is little: the list is in another order than that index.
         """
-        filters = [(how, values[0]) for name, how, values in listing.filters if name == "rootfi_updated_at"]
-        since = [moment for how, moment in filters if how in ("gt", "gte") and moment]
-        if not since:
-            return rows
         links = CustomerLink.objects.filter(connection__in=list(companies))
-        customers = Customer.objects.filter(organization=self.organization, updated_at__gte=max(since))
-        theirs = list(customers.order_by("-updated_at", "-id").values_list("pk", flat=True)[: FEW + 1])
-        own = links.filter(updated_at__gte=max(since)).order_by().values_list("pk", flat=True)
-        few = set(own[: FEW + 1])
-        if len(few) > FEW or len(theirs) > FEW:
-            return rows
-        few.update(links.filter(customer__in=theirs).values_list("pk", flat=True))
-        return rows.filter(pk__in=few)
+        customers = Customer.objects.filter(organization=self.organization)
+        for name, operator, values in listing.filters:
+            if name in EXACT and operator in ("eq", "in") and "" not in values:
+                return Q()  # the database finds these itself
+        for name in ("created_at", "rootfi_created_at"):
+            if made := self.made(name, listing, links):
+                return made
+        since = [moment for moment in listing.since("rootfi_updated_at") if moment]
+        if since:
+            # The later one of two tables' moments: what has changed in either.
+            changed = customers.filter(updated_at__gte=max(since)).order_by("-updated_at", "-id")
+            theirs = list(changed.values_list("pk", flat=True)[: FEW + 1])
+            own = links.filter(updated_at__gte=max(since)).order_by("-updated_at", "-pk").values_list("pk", flat=True)
+            ids = set(own[: FEW + 1])
+            if len(ids) <= FEW and len(theirs) <= FEW:
+                ids.update(links.filter(customer__in=theirs).values_list("pk", flat=True))
+                return Q(pk__in=ids)
+        for name, operator, values in listing.filters:
+            if name in ("name", "email") and operator == "contains":
+                named = search.written(values[0], organization=self.organization)
+                if named is not None and len(found := list(named.values_list("pk", flat=True)[: FEW + 1])) <= FEW:
+                    return Q(customer__in=found)
+        return None
+
+    def made(self, name: str, listing: Listing, links: QuerySet[CustomerLink]) -> Q | None:
+        """The links that the filters on this time keep, if they are few."""
+        ids: set[int] = set()
+        for column, part in self.made_by(name, listing).items():
+            ids.update(links.filter(part).order_by(column).values_list("pk", flat=True)[: FEW + 1])
+            if len(ids) > FEW:
+                return None
+        return Q(pk__in=ids) if self.made_by(name, listing) else None
+
+    def made_by(self, name: str, listing: Listing) -> dict[str, Q]:
+        """What the filters on this time say of each column that may hold it; empty where they say nothing."""
+        filters = [(how, values) for of, how, values in listing.filters if of == name and how != "neq"]
+        if not filters or any(None in values for _, values in filters):
+            return {}
+        return {
+            column: reduce(and_, (Time().condition(column, how, values) for how, values in filters))
+            for column in COLUMNS[name]
+        }
+
+    def looks(self, listing: Listing, companies: Mapping[int, int]) -> Looks | None:
+        """How to read a list whose rows or order no index has; None where one does."""
+        names = [name for name, _ in listing.order]
+        if len({descending for _, descending in listing.order}) > 1:
+            return None
+        if names == ["rootfi_updated_at", "rootfi_id"]:
+            when = self.made_by("rootfi_updated_at", listing).get("updated_at", Q())
+            return by_change(listing, [*companies], organization=self.organization, when=when)
+        filtered = {name for name, _, _ in listing.filters}
+        if filtered <= INDEXED | {names[0]} or names not in (["rootfi_id"], ["rootfi_created_at", "rootfi_id"]):
+            return None
+        made = [self.made_by(name, listing) for name in ("created_at", "rootfi_created_at") if names == ["rootfi_id"]]
+        return in_index(listing, [*companies], made=[*next(filter(None, made), {}).values()])
 
 
 class Syncs(RootFiMirror):
@@ -393,7 +455,8 @@ class Syncs(RootFiMirror):
     def create(self, request: Request) -> Response:
         body = read_body(SYNC_ORDER, request.data)
         connection = self.company(body.pop("company_id"))
-        live = CustomerLink.objects.filter(connection=connection, deleted_at=None, customer__archived_at=None).count()
+        links = CustomerLink.objects.filter(connection=connection, deleted_at=None, customer__archived_at=None)
+        live = total_of(links)
         # What the hub has is current at any time, so a sync has nothing to wait for.
         now = timezone.now()
         run = self.start(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import orjson
 from django.db.models import Model, Q, QuerySet
@@ -24,6 +24,8 @@ Filter = tuple[str, str, list[Any]]
 BRACKETS = re.compile(r"([A-Za-z_]+)\[([A-Za-z_]*)\]")
 # Beyond these a query is no longer planned well, and SQLite refuses it.
 MAX_FILTERS, MAX_VALUES, MAX_PART = 20, 100, 255
+# So often one request looks on.
+LOOKS = 4
 MILLISECOND = timedelta(milliseconds=1)
 TIME = serializers.DateTimeField(default_timezone=UTC)
 
@@ -184,6 +186,18 @@ OPTIONS = Options()
 
 
 @dataclass(frozen=True, kw_only=True)
+class Look:
+    """What is read at once: the rows that `only` keeps, up to and with the place `until`; None: all that follow."""
+
+    only: Q = field(default_factory=Q)
+    until: Mapping[str, Any] | None = None
+
+
+# From a place in the order of reading, or from its beginning, what to look at next.
+Looks = Callable[[Mapping[str, Any] | None], Look]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Listing:
     """One request for a list, understood. `order` ends with the row's id; `cursor` has a value for each."""
 
@@ -209,37 +223,70 @@ class Listing:
                 raise serializers.ValidationError({f"{name}[{operator}]": [str(error)]}) from None
         return rows
 
-    def page(
-        self, rows: QuerySet[M], values_of: Callable[[M], Mapping[str, Any]]
-    ) -> tuple[list[M], str | None, str | None]:
-        """One page of filtered rows, and the cursors of the pages before and after it."""
-        if self.cursor is not None:
-            rows = rows.filter(self._beyond(self.cursor))
+    def since(self, name: str) -> list[Any]:
+        """From when on the filters on this time keep rows."""
+        return [values[0] for of, how, values in self.filters if of == name and how in ("gt", "gte")]
+
+    @property
+    def ascending(self) -> bool:
+        """Whether the rows are read from the least to the greatest."""
+        return self.order[0][1] == self.backwards
+
+    def ordered(self, rows: QuerySet[M]) -> QuerySet[M]:
+        """The rows in the order of reading."""
         marks = ["-" if descending != self.backwards else "" for _, descending in self.order]
-        ordered = rows.order_by(*(f"{mark}shown_{name}" for mark, (name, _) in zip(marks, self.order, strict=True)))
-        found = list(ordered[: self.limit + 1])
-        more, found = len(found) > self.limit, found[: self.limit]
+        return rows.order_by(*(f"{mark}shown_{name}" for mark, (name, _) in zip(marks, self.order, strict=True)))
+
+    def page(
+        self, rows: QuerySet[M], values_of: Callable[[M], Mapping[str, Any]], *, looks: Looks | None = None
+    ) -> tuple[list[M], str | None, str | None]:
+        """One page of filtered rows, and the cursors of the pages before and after it.
+
+        Where no index finds the rows, `looks` parts them: then a page may hold fewer than `limit` though others follow.
+        """
+        place, found, looked = self.cursor, cast("list[M]", []), 0
+        while True:
+            look = looks(place) if looks else Look()
+            part = rows.filter(look.only)
+            if place is not None:
+                part = part.filter(self.side(place, after=True))
+            if look.until is not None:
+                part = part.filter(self.side(look.until, after=False))
+            found += self.ordered(part)[: self.limit + 1 - len(found)]
+            place, looked = look.until, looked + 1
+            if place is None or len(found) > self.limit or looked == LOOKS:
+                break
+        # Where the next page in this direction begins; None where there is none.
+        beyond = place
+        if len(found) > self.limit:
+            found = found[: self.limit]
+            beyond = values_of(found[-1])
+        if not found and beyond is None:
+            return [], None, None
         if self.backwards:
             found.reverse()
-        if not found:
-            return [], None, None
-        has_prev = more if self.backwards else self.cursor is not None
-        has_next = True if self.backwards else more
-        return (
-            found,
-            self._encode(values_of(found[0])) if has_prev else None,
-            self._encode(values_of(found[-1])) if has_next else None,
-        )
+            back = values_of(found[-1]) if found else beyond
+            return found, self._encode(beyond), self._encode(back)
+        back = values_of(found[0]) if found else beyond
+        return found, self._encode(back) if self.cursor is not None else None, self._encode(beyond)
 
-    def _beyond(self, cursor: Mapping[str, Any]) -> Q:
-        beyond, level = Q(), Q()
+    def side(self, place: Mapping[str, Any], *, after: bool) -> Q:
+        """Rows after this place in the order of reading; or else those up to and with it."""
+        side, level = Q(), Q()
         for name, descending in self.order:
-            step = "lt" if descending != self.backwards else "gt"
-            beyond |= level & Q(**{f"shown_{name}__{step}": cursor[name]})
-            level &= Q(**{f"shown_{name}": cursor[name]})
-        return beyond
+            step = "gt" if (descending == self.backwards) == after else "lt"
+            ends = "e" if not after and name == self.order[-1][0] else ""
+            side |= level & Q(**{f"shown_{name}__{step}{ends}": place[name]})
+            level &= Q(**{f"shown_{name}": place[name]})
+        if len(self.order) == 1:
+            return side
+        # Said again of the first, because no index is read from the middle on for one of several conditions.
+        step = "gte" if self.ascending == after else "lte"
+        return Q(**{f"shown_{self.order[0][0]}__{step}": place[self.order[0][0]]}) & side
 
-    def _encode(self, values: Mapping[str, Any]) -> str:
+    def _encode(self, values: Mapping[str, Any] | None) -> str | None:
+        if values is None:
+            return None
         return urlsafe_b64encode(orjson.dumps({name: values[name] for name, _ in self.order})).decode()
 
 

@@ -12,6 +12,7 @@ from drf_spectacular.utils import extend_schema_serializer
 from rest_framework import serializers
 
 from connectors.inbound import fields
+from connectors.inbound.quick import Quick
 from connectors.models import CustomerLink
 from connectors.provider import Record
 from customers import editing, jsontext
@@ -65,7 +66,7 @@ class Text(fields.Text):
 
 
 @extend_schema_serializer(component_name="RootFiAddress")
-class Address(serializers.Serializer[Any]):
+class Address(Quick):
     rootfi_id = fields.Whole(required=False, allow_null=True, min_value=0, max_value=MAX_ID)
     platform_id = Text(max_length=255)
     street = Text()
@@ -77,7 +78,7 @@ class Address(serializers.Serializer[Any]):
 
 
 @extend_schema_serializer(component_name="RootFiCustomer")
-class Wire(serializers.Serializer[Any]):
+class Wire(Quick):
     """The writable keys of one customer. Any others are ignored: the documented answer has several more."""
 
     platform_id = Text(max_length=255)
@@ -114,7 +115,7 @@ class Wire(serializers.Serializer[Any]):
             if name in kept:
                 kept[name] = timestamp(given[name])
         return Record(
-            values=values,
+            values=editing.Checked(values),
             document=kept,
             remote_id=given.get("platform_id") or None,
             created_at=given.get("created_at"),
