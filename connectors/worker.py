@@ -28,7 +28,7 @@ from connectors.providers import PROVIDERS
 from connectors.sealing import UnsealError
 from connectors.states import LinkState
 from connectors.sync import heartbeat, importing, runs
-from connectors.sync.claim import due_connections
+from connectors.sync.claim import due_connection, due_connections
 from connectors.sync.clock import database_clock
 from connectors.sync.pull import AlreadyRunning, pull
 from connectors.sync.push import push
@@ -77,7 +77,7 @@ def due_work(*, now: datetime) -> list[Due]:
     columns = ("pk", "organization_id")
     end_pauses(now)
     return [
-        *(Due("push", *row) for row in due_connections(now=now).values_list(*columns)),
+        *(Due("push", one.pk, one.organization_id) for one in due_connections(now=now)),
         *(Due("pull", *row) for row in due_pulls(now=now).values_list(*columns)),
         *(Due("batch", *row) for row in queued_batches().values_list(*columns)[:BATCHES]),
     ]
@@ -128,7 +128,7 @@ def queued_batches() -> QuerySet[SyncRun]:
 
 def push_slice(connection_id: int, *, clock: Clock = database_clock, stop: Stop = lambda: False) -> int | None:
     """Push what is due at one connection for one turn. Returns how many links had an outcome; None: nothing is due."""
-    chosen = due_connections(now=clock()).filter(pk=connection_id).first()
+    chosen = due_connection(connection_id, now=clock())
     if chosen is None:
         return None
     session = _session(chosen, clock)

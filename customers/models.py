@@ -119,7 +119,10 @@ class Customer(models.Model):
                 fields=["organization", "phone_key"], name="customer_phone", condition=~models.Q(phone_key="")
             ),
             models.Index(fields=["-updated_at", "-id"], name="customer_recent"),
-            models.Index(fields=["organization", "-updated_at", "-id"], name="customer_recent_of"),
+            # Likewise: what has changed since is told by the index alone.
+            models.Index(
+                fields=["organization", "-updated_at", "-id", "archived_at", "merged_into"], name="customer_recent_of"
+            ),
             models.Index(
                 fields=["organization", "address_country_code", "-updated_at", "-id"],
                 name="customer_country",

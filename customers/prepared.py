@@ -9,7 +9,8 @@ What is asked stays an ordinary queryset, so both databases answer it as they an
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -86,8 +87,7 @@ class Prepared(Generic[T]):
             built = self.kept.built = self._built()
         if built.locks and not connection.in_atomic_block:
             raise TransactionManagementError("select_for_update cannot be used outside of a transaction.")
-        with connection.cursor() as cursor:
-            cursor.execute(built.sql, _values(built.params, given))
+        with _executed(built.sql, _values(built.params, given)) as cursor:
             rows = cursor.fetchall()
         return built.read(rows)
 
@@ -119,10 +119,31 @@ class PreparedUpdate:
             query.add_update_values(values)  # type: ignore[attr-defined] # an UpdateQuery by now
             self.kept.built = query.get_compiler(connection=connection).as_sql()
         sql, params = self.kept.built
-        with connection.cursor() as cursor:
-            cursor.execute(sql, _values(params, given))
+        with _executed(sql, _values(params, given)) as cursor:
             changed: int = cursor.rowcount
         return changed
+
+
+@contextmanager
+def _executed(sql: str, params: Sequence[Any]) -> Iterator[Any]:
+    """A cursor that has carried it out; on PostgreSQL as a statement that the server has parsed and planned before.
+
+    Django's own cursor puts the values into the text, which is then a new statement each time. It is used where
+    somebody listens to what is executed.
+    """
+    if connection.vendor != "postgresql" or connection.execute_wrappers or connection.queries_logged:
+        with connection.cursor() as cursor:
+            cursor.execute(sql, params)
+            yield cursor
+        return
+    import psycopg
+
+    connection.ensure_connection()
+    connection.validate_no_broken_transaction()
+    server: Any = connection.connection
+    with connection.wrap_database_errors, psycopg.Cursor(server) as cursor:
+        cursor.execute(sql, params, prepare=server.prepare_threshold is not None)
+        yield cursor
 
 
 def _values(params: Sequence[Any], given: Mapping[str, Any]) -> list[Any]:

@@ -26,6 +26,7 @@ from connectors.inbound import totals
 from connectors.models import ApiKey, CustomerLink, PushIntent
 from connectors.providers.commenda import api as commenda
 from connectors.providers.rootfi import api as rootfi
+from connectors.providers.rootfi import looks
 from connectors.states import STATUSES
 from connectors.sync import deletes, fights
 from connectors.sync.claim import claim, due_connections
@@ -53,6 +54,11 @@ def hub(db: None, monkeypatch: pytest.MonkeyPatch) -> Organization:
     monkeypatch.setattr(links, "LIMIT", BOUND)
     monkeypatch.setattr(search, "LIMIT", BOUND)
     monkeypatch.setattr(totals, "COUNTED", BOUND)
+    monkeypatch.setattr(totals, "LOOKED_AT", 3 * BOUND)
+    monkeypatch.setattr(api_filters, "STRETCH", BOUND)
+    monkeypatch.setattr(looks, "CHANGED", BOUND)
+    for module in (commenda, looks):
+        monkeypatch.setattr(module, "ROWS", BOUND)
     for module in (api_filters, commenda, rootfi):
         monkeypatch.setattr(module, "FEW", BOUND)
     shares = {"shop": 0.9, "books": 0.5, "billing": 0.4, "pay": 0.4, "mail": 0.2}
@@ -176,6 +182,8 @@ def lists(organization: Organization) -> Iterator[tuple[str, Ask]]:
                 {"q": "schmidt"},
                 {"q": someone.public_id},
                 {"updated_since": "2026-01-01T00:00:00Z"},
+                {"updated_since": "2026-08-01T00:00:00Z"},
+                {"updated_since": "2027-01-01T00:00:00Z"},
                 {"source_id": str(link.remote_id)},
                 {"source_system": "rootfi"},
                 {"is_active": "false"},
@@ -190,12 +198,34 @@ def lists(organization: Organization) -> Iterator[tuple[str, Ask]]:
         (v3, {"return_count": "true"}),
         (v3, {"rootfi_updated_at[gte]": "2027-01-01T00:00:00Z"}),
         (v3, {"rootfi_updated_at[gte]": "2027-01-01T00:00:00Z", "sort[rootfi_updated_at]": "asc"}),
+        *(
+            (v3, {**query, **{f"sort[{name}]": direction for name in names}})
+            for names in ([], ["rootfi_created_at"], ["rootfi_updated_at"])
+            for direction in (["asc", "desc"] if names else [""])
+            for query in (
+                {},
+                {"rootfi_created_at[gte]": "2026-08-01T00:00:00Z"},
+                {"created_at[gte]": "2026-08-01T00:00:00Z"},
+                {"created_at[lt]": "2024-01-02T00:00:00Z"},
+                {"rootfi_updated_at[gte]": "2026-08-01T00:00:00Z"},
+                {"name[contains]": "schmidt"},
+                {"name[contains]": "qx", "return_count": "true"},
+                {"email[contains]": "qxzvw"},
+                {"phone[contains]": "99999999"},
+                {"currency_id[eq]": "XYZ"},
+                {"platform_id[contains]": "qxz"},
+                {"status[eq]": "UNKNOWN", "return_count": "true"},
+                {"updated_at[gte]": "2026-08-01T00:00:00Z"},
+            )
+        ),
         (v3, {"email[eq]": someone.email}),
         (v3, {"name[eq]": someone.name}),
         (v3, {"platform_id[eq]": str(link.remote_id)}),
         (v1, {"corporation_id": "corp_1"}),
         (v1, {"corporation_id": "corp_1", "name": someone.name}),
         (v1, {"corporation_id": "corp_1", "search_term": "qxzvw"}),
+        (v1, {"corporation_id": "corp_1", "search_term": "qx"}),
+        (v1, {"corporation_id": "corp_1", "source_platforms": "cheqpay"}),
         (v1, {"corporation_id": "corp_1", "source_platform_ids": "shop-1"}),
         (f"/customers/{paid.remote_id}", {}),
     ]

@@ -45,8 +45,20 @@ def due(*, now: datetime | Param) -> Q:
     return free & sent_to & ~held & Q(pushed_version__lt=F("needed_version"), next_attempt_at__lte=now, deleted_at=None)
 
 
-def due_connections(*, now: datetime) -> QuerySet[Connection]:
-    """Connections that may be used now and have links to send."""
+def due_connections(*, now: datetime) -> list[Connection]:
+    """Connections that may be used now and have links to send, with their organizations."""
+    return _DUE(now=now)
+
+
+def due_connection(pk: int, *, now: datetime) -> Connection | None:
+    """The connection with this key, where it is one of `due_connections`."""
+    for connection in _ONE_DUE(now=now, connection=pk):
+        return connection
+    return None
+
+
+def _due_connections() -> QuerySet[Connection]:
+    now = Param("now", DateTimeField())
     # Asked of each connection, so that the first link answers: millions may be due.
     waiting = CustomerLink.objects.filter(due(now=now), connection=OuterRef("pk"))
     return Connection.objects.filter(
@@ -56,6 +68,11 @@ def due_connections(*, now: datetime) -> QuerySet[Connection]:
         direction__in=Connection.PUSHING,
         state=Connection.State.ACTIVE,
     ).select_related("organization")
+
+
+# Building these queries costs several times what the database needs for them.
+_DUE = Prepared(_due_connections)
+_ONE_DUE = Prepared(lambda: _due_connections().filter(pk=Param("connection", BigAutoField())))
 
 
 def claim(
@@ -86,7 +103,7 @@ def claim(
     return Claim(token=token, links=links, died={pk: until for pk, until in held_before.items() if until})
 
 
-# Building this query costs several times what the database needs for it; a worker asks for few sizes of claims.
+# A worker asks for few sizes of claims.
 @lru_cache(maxsize=128)
 def _first(limit: int, of_some: bool, but_some: bool) -> Prepared[CustomerLink]:
     def build() -> QuerySet[CustomerLink]:

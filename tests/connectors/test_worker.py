@@ -650,7 +650,7 @@ def test_a_sample_is_sent_and_its_run_ends(
     customers_of(organization, 3)
     request(connection=books, actor=ACTOR)
     reject(CustomerLink.objects.all(), hours=30)
-    assert not due_connections(now=timezone.now()).exists()
+    assert not due_connections(now=timezone.now())
     working.housekeep()
     work()
     run = SyncRun.objects.get(request__customers="sample")
