@@ -9,6 +9,9 @@ ALPHABET = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 VALUE_OF = {character: value for value, character in enumerate(ALPHABET)} | {
     character.lower(): value for value, character in enumerate(ALPHABET)
 }
+# Two characters at a time: a list shows hundreds of ids.
+_PAIRS = [first + second for first in ALPHABET for second in ALPHABET]
+_SHIFTS = range(120, -1, -10)
 
 _LOW = (1 << 62) - 1
 _lock = threading.Lock()
@@ -41,7 +44,7 @@ def uuid7s(count: int) -> list[UUID]:
 
 def public_id(prefix: str, uid: UUID) -> str:
     number = uid.int
-    return f"{prefix}_" + "".join(ALPHABET[number >> shift & 31] for shift in range(125, -1, -5))
+    return f"{prefix}_" + "".join([_PAIRS[number >> shift & 1023] for shift in _SHIFTS])
 
 
 def new_public_id(prefix: str) -> str:
