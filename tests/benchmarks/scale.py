@@ -68,6 +68,7 @@ def _lists(rounds: int) -> Iterator[Figure]:
     query = {"limit": str(PAGE)}
     last = rows.order_by("pk").values_list("pk", flat=True)[depth - 1 : depth].get()
     at_depth = write_cursor(last, query, organization=organization)
+    since = rows.order_by("-updated_at", "-id").values_list("updated_at", flat=True)[count // 2].isoformat()
 
     def ask(**more: object) -> float:
         began = time.perf_counter()
@@ -81,12 +82,17 @@ def _lists(rounds: int) -> Iterator[Figure]:
         "deep": lambda: ask(cursor=at_depth),
         "first page": lambda: ask(page=1),
         "deep page": lambda: ask(page=depth // PAGE + 1),
+        # Half of them, which were changed last.
+        "changed": lambda: ask(cursor="", updated_since=since),
         "counted": lambda: timed(rows.count),
         "total": lambda: timed(lambda: total_of(rows)),
     }
     times = in_turn(sides, rounds=rounds, warm=min(rounds - 1, 1))
     yield _compared("G6", f"page at {depth:,} by cursor : the first", times["deep"], times["first"], at_most=1.3)
     yield _compared("G6", f"page at {depth:,} by number : the first", times["deep page"], times["first page"])
+    yield _compared(
+        "G6", f"page of the half of {count:,} that changed last : the first", times["changed"], times["first"]
+    )
     yield _compared("G6", f"count(*) of {count:,} : the total", times["total"], times["counted"], at_least=50)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from uuid import UUID
 
 import pytest
-from django.db import models, transaction
+from django.db import IntegrityError, connection, models, transaction
+from django.db.models import Value
 from django.db.models.functions import Upper
 from django.db.transaction import TransactionManagementError
 from hypothesis import HealthCheck, given, settings
@@ -81,3 +82,27 @@ def test_an_update_takes_values_and_tells_how_many(customers: list[Customer]) ->
     assert MOVED(version=1, message="moved") == len(customers)
     assert MOVED(version=1, message="again") == 0
     assert set(CustomerChange.objects.values_list("version", "message")) == {(2, "moved")}
+
+
+def test_a_fault_is_told_as_django_tells_it(customers: list[Customer], organization: Organization) -> None:
+    def same() -> tuple[models.QuerySet[Customer], dict[str, object]]:
+        return Customer.objects.all(), {"id": Param("id", models.UUIDField())}
+
+    with pytest.raises(IntegrityError), transaction.atomic():
+        PreparedUpdate(same)(id=customers[0].pk)
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_the_server_keeps_it_where_it_may(
+    customers: list[Customer], organization: Organization, monkeypatch: pytest.MonkeyPatch, allowed: bool
+) -> None:
+    mark = f"kept_{allowed}".lower()
+    asked = Prepared(lambda: named().annotate(**{mark: Value(1)}).order_by("pk").values_list("name", mark))
+    if connection.vendor == "postgresql":
+        connection.ensure_connection()
+        monkeypatch.setattr(connection.connection, "prepare_threshold", 0 if allowed else None)
+    assert asked(organization=organization.pk, names=NAMES) == [(name, 1) for name in NAMES]
+    if connection.vendor == "postgresql":
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT count(*) FROM pg_prepared_statements WHERE statement LIKE %s", [f"%{mark}%"])
+            assert cursor.fetchone() == (int(allowed),)

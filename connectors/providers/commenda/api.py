@@ -287,7 +287,8 @@ class Customers(Mirror):
     @extend_schema(
         operation_id="listCustomers",
         summary="List customers",
-        description="Also at `/customers`.",
+        description="Also at `/customers`. Where a filter makes the hub look through very many customers, a page may "
+        "hold fewer than `limit`, even none: read on with `cursor` until it is null.",
         parameters=[ListQuery, EXTEND],
         request=None,
         responses={200: PAGE, **REFUSED},

@@ -327,6 +327,8 @@ class Customers(RootFiMirror):
     @extend_schema(
         operation_id="listEcommerceCustomers",
         summary="List customers",
+        description="Where a filter or the order makes the hub look through very many records, a page may hold fewer "
+        "than `limit`, even none: read on with `next` until it is null.",
         parameters=shapes.query(fields, sortable=sortable, names=("select", "include_deleted_records", "return_count")),
         request=None,
         responses={200: shapes.CUSTOMERS, **shapes.REFUSED},
