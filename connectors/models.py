@@ -355,7 +355,7 @@ class ApiKey(models.Model):
         return self.State.EXPIRED if self.expires_at and self.expires_at <= now else self.State.ACTIVE
 
 
-_KEY_BY_HASH = Prepared(ApiKey._by_hash)
+_KEY_BY_HASH = Prepared(ApiKey._by_hash, by_key=True)
 
 
 class IdempotencyKey(models.Model):

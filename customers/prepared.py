@@ -73,10 +73,15 @@ class _Built:
 
 
 class Prepared(Generic[T]):
-    """The rows of a queryset as it gives them: objects, or tuples where it is a `values_list`."""
+    """The rows of a queryset as it gives them: objects, or tuples where it is a `values_list`.
 
-    def __init__(self, build: Callable[[], QuerySet[Any, T]]) -> None:
+    `by_key`: it looks for one row by a unique key, so one plan serves all values, and PostgreSQL keeps it. Nothing else
+    may say so: a plan for any value reads a list from its beginning to reach a page deep in it.
+    """
+
+    def __init__(self, build: Callable[[], QuerySet[Any, T]], *, by_key: bool = False) -> None:
         self.build = build
+        self.by_key = by_key
         # By thread, like Django's connections: what turns columns into values belongs to one of these.
         self.kept = threading.local()
 
@@ -87,7 +92,7 @@ class Prepared(Generic[T]):
             built = self.kept.built = self._built()
         if built.locks and not connection.in_atomic_block:
             raise TransactionManagementError("select_for_update cannot be used outside of a transaction.")
-        with _executed(built.sql, _values(built.params, given)) as cursor:
+        with _executed(built.sql, _values(built.params, given), keep=self.by_key) as cursor:
             rows = cursor.fetchall()
         return built.read(rows)
 
@@ -125,11 +130,11 @@ class PreparedUpdate:
 
 
 @contextmanager
-def _executed(sql: str, params: Sequence[Any]) -> Iterator[Any]:
-    """A cursor that has carried it out; on PostgreSQL as a statement that the server has parsed and planned before.
+def _executed(sql: str, params: Sequence[Any], *, keep: bool = False) -> Iterator[Any]:
+    """A cursor that has carried it out; with `keep` PostgreSQL keeps the statement and its plan.
 
-    Django's own cursor puts the values into the text, which is then a new statement each time. It is used where
-    somebody listens to what is executed.
+    Not through Django's own cursor, which writes the values into the text; but where somebody listens to what is
+    executed it is that one.
     """
     if connection.vendor != "postgresql" or connection.execute_wrappers or connection.queries_logged:
         with connection.cursor() as cursor:
@@ -142,7 +147,7 @@ def _executed(sql: str, params: Sequence[Any]) -> Iterator[Any]:
     connection.validate_no_broken_transaction()
     server: Any = connection.connection
     with connection.wrap_database_errors, psycopg.Cursor(server) as cursor:
-        cursor.execute(sql, params, prepare=server.prepare_threshold is not None)
+        cursor.execute(sql, params, prepare=keep and server.prepare_threshold is not None)
         yield cursor
 
 

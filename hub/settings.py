@@ -73,8 +73,8 @@ else:
             "max_size": env.int("DATABASE_POOL_MAX", default=16),
             "timeout": 20,
         },
-        # What `customers.prepared` asks is parsed and planned once on each connection. Off for a pooler that gives
-        # every transaction another connection and cannot follow that.
+        # What `customers.prepared` looks up by a key is parsed and planned once on each connection. Off for a pooler
+        # that gives every transaction another connection and cannot follow that.
         "prepare_threshold": 0 if env.bool("DATABASE_PREPARED", default=True) else None,
     }
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"

@@ -343,7 +343,8 @@ def _names(header: str, tag: str) -> bool:
 _CONNECTION = Prepared(
     lambda: Connection.objects.filter(
         organization_id=Param("organization", BigAutoField()), uid=Param("uid", UUIDField())
-    ).order_by()
+    ).order_by(),
+    by_key=True,
 )
 
 

@@ -153,7 +153,8 @@ _CONNECTION = Prepared(
         provider=Param("provider", models.CharField()),
         account=Param("account", models.CharField()),
         direction=Connection.Direction.CALLS_US,
-    ).order_by()
+    ).order_by(),
+    by_key=True,
 )
 
 

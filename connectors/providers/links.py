@@ -317,11 +317,14 @@ def by_id(rows: QuerySet[Customer], first: int, number: int) -> QuerySet[Custome
 
 
 _OF = Param("organization", BigAutoField())
-_FIND = Prepared(lambda: with_leading(Customer.objects.filter(organization_id=_OF, pk=Param("id", UUIDField()))))
+_FIND = Prepared(
+    lambda: with_leading(Customer.objects.filter(organization_id=_OF, pk=Param("id", UUIDField()))), by_key=True
+)
 _LEADING = Prepared(
     lambda: CustomerLink.objects.filter(customer_id=Param("id", UUIDField()), is_primary=True).values_list(
         *_leading("")
-    )
+    ),
+    by_key=True,
 )
 
 

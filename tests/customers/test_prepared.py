@@ -92,17 +92,23 @@ def test_a_fault_is_told_as_django_tells_it(customers: list[Customer], organizat
         PreparedUpdate(same)(id=customers[0].pk)
 
 
-@pytest.mark.parametrize("allowed", [True, False])
-def test_the_server_keeps_it_where_it_may(
-    customers: list[Customer], organization: Organization, monkeypatch: pytest.MonkeyPatch, allowed: bool
+@pytest.mark.parametrize(("allowed", "by_key"), [(True, True), (False, True), (True, False)])
+def test_the_server_keeps_what_is_looked_up_by_a_key_where_it_may(
+    customers: list[Customer],
+    organization: Organization,
+    monkeypatch: pytest.MonkeyPatch,
+    allowed: bool,
+    by_key: bool,
 ) -> None:
-    mark = f"kept_{allowed}".lower()
-    asked = Prepared(lambda: named().annotate(**{mark: Value(1)}).order_by("pk").values_list("name", mark))
+    mark = f"kept_{allowed}_{by_key}".lower()
+    own = Customer.objects.filter(organization_id=OF, pk=Param("id", models.UUIDField()))
+    asked = Prepared(lambda: own.annotate(**{mark: Value(1)}).values_list("name", mark), by_key=by_key)
     if connection.vendor == "postgresql":
         connection.ensure_connection()
         monkeypatch.setattr(connection.connection, "prepare_threshold", 0 if allowed else None)
-    assert asked(organization=organization.pk, names=NAMES) == [(name, 1) for name in NAMES]
+    for customer in customers:
+        assert asked(organization=organization.pk, id=customer.pk) == [(customer.name, 1)]
     if connection.vendor == "postgresql":
         with connection.cursor() as cursor:
             cursor.execute("SELECT count(*) FROM pg_prepared_statements WHERE statement LIKE %s", [f"%{mark}%"])
-            assert cursor.fetchone() == (int(allowed),)
+            assert cursor.fetchone() == (int(allowed and by_key),)
