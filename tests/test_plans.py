@@ -54,7 +54,7 @@ def hub(db: None, monkeypatch: pytest.MonkeyPatch) -> Organization:
     monkeypatch.setattr(links, "LIMIT", BOUND)
     monkeypatch.setattr(search, "LIMIT", BOUND)
     monkeypatch.setattr(totals, "COUNTED", BOUND)
-    monkeypatch.setattr(totals, "LOOKED_AT", 3 * BOUND)
+    monkeypatch.setattr(totals, "LOOKED_AT", BOUND)
     monkeypatch.setattr(api_filters, "STRETCH", BOUND)
     monkeypatch.setattr(looks, "CHANGED", BOUND)
     for module in (commenda, looks):
@@ -198,6 +198,8 @@ def lists(organization: Organization) -> Iterator[tuple[str, Ask]]:
         (v3, {"return_count": "true"}),
         (v3, {"rootfi_updated_at[gte]": "2027-01-01T00:00:00Z"}),
         (v3, {"rootfi_updated_at[gte]": "2027-01-01T00:00:00Z", "sort[rootfi_updated_at]": "asc"}),
+        # Not what no index has of the customer itself, such as a part of a phone number: that ends after so many looks,
+        # but of a table this small PostgreSQL rather reads all customers at once than so many one by one.
         *(
             (v3, {**query, **{f"sort[{name}]": direction for name in names}})
             for names in ([], ["rootfi_created_at"], ["rootfi_updated_at"])
@@ -206,13 +208,11 @@ def lists(organization: Organization) -> Iterator[tuple[str, Ask]]:
                 {},
                 {"rootfi_created_at[gte]": "2026-08-01T00:00:00Z"},
                 {"created_at[gte]": "2026-08-01T00:00:00Z"},
-                {"created_at[lt]": "2024-01-02T00:00:00Z"},
+                {"created_at[lt]": "2024-01-01T00:00:10Z"},
                 {"rootfi_updated_at[gte]": "2026-08-01T00:00:00Z"},
                 {"name[contains]": "schmidt"},
                 {"name[contains]": "qx", "return_count": "true"},
                 {"email[contains]": "qxzvw"},
-                {"phone[contains]": "99999999"},
-                {"currency_id[eq]": "XYZ"},
                 {"platform_id[contains]": "qxz"},
                 {"status[eq]": "UNKNOWN", "return_count": "true"},
                 {"updated_at[gte]": "2026-08-01T00:00:00Z"},
@@ -224,7 +224,6 @@ def lists(organization: Organization) -> Iterator[tuple[str, Ask]]:
         (v1, {"corporation_id": "corp_1"}),
         (v1, {"corporation_id": "corp_1", "name": someone.name}),
         (v1, {"corporation_id": "corp_1", "search_term": "qxzvw"}),
-        (v1, {"corporation_id": "corp_1", "search_term": "qx"}),
         (v1, {"corporation_id": "corp_1", "source_platforms": "cheqpay"}),
         (v1, {"corporation_id": "corp_1", "source_platform_ids": "shop-1"}),
         (f"/customers/{paid.remote_id}", {}),

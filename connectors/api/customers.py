@@ -208,7 +208,7 @@ class Customers(UnifiedCustomers, Resource):
         else:
             own = self.customers().filter(pk__gt=after)
             rows, part = select(own, query, organization=self.organization)
-            found = [one(row) for row in with_leading(part(rows, 0, limit + 1))[: limit + 1]]
+            found = [one(row) for row in with_leading(part(rows, 0, limit + 1), beyond=after)[: limit + 1]]
         more, found = len(found) > limit, found[:limit]
         return Response(
             {
@@ -353,8 +353,9 @@ _CONNECTION = Prepared(
 def _page(number: int) -> Prepared[tuple[Any, ...]]:
     def build() -> QuerySet[Customer, tuple[Any, ...]]:
         own = Customer.objects.filter(organization_id=Param("organization", BigAutoField()))
-        rows = own.filter(pk__gt=Param("after", UUIDField()), archived_at=None, merged_into=None)
-        return with_leading(rows.order_by("id"))[:number]
+        after = Param("after", UUIDField())
+        rows = own.filter(pk__gt=after, archived_at=None, merged_into=None)
+        return with_leading(rows.order_by("id"), beyond=after)[:number]
 
     return Prepared(build)
 

@@ -288,9 +288,15 @@ def _leading(path: str) -> list[Any]:
     return [f"{path}connection__provider", f"{path}connection__uid", f"{path}remote_id", document, *own]
 
 
-def with_leading(rows: QuerySet[Customer]) -> QuerySet[Customer, tuple[Any, ...]]:
-    """These customers and their leading links as rows that `one` reads."""
-    chosen = FilteredRelation("links", condition=Q(links__is_primary=True))
+def with_leading(rows: QuerySet[Customer], *, beyond: Any = None) -> QuerySet[Customer, tuple[Any, ...]]:
+    """These customers and their leading links as rows that `one` reads; all of them come after the id `beyond`.
+
+    Said of the links, too: PostgreSQL may read these along the customers, and would do so from the first one on.
+    """
+    leads = Q(links__is_primary=True)
+    if beyond is not None:
+        leads &= Q(links__customer_id__gt=beyond)
+    chosen = FilteredRelation("links", condition=leads)
     return rows.annotate(chosen=chosen).values_list(*Seen._fields, *_leading("chosen__"))
 
 
