@@ -172,7 +172,7 @@ def _receive(
         )
     if mould is not None:
         # Where they come from leads, not a system that new customers are sent to at once.
-        if CustomerLink.objects.filter(customer__in=created[:1]).exists():
+        if _LINKED(customer=created[0].pk):
             CustomerLink.objects.filter(customer__in=created, is_primary=True).update(is_primary=False)
         if connection is not None and connection.pushes:
             # The customers are there already: they are not to be created by the links that new customers get at once.
@@ -428,6 +428,9 @@ _BY_KEY = Prepared(
     lambda: CustomerLink.objects.filter(Among("id", "ids", models.BigAutoField()), connection_id=_AT).values_list(
         *_NAMED
     )
+)
+_LINKED = Prepared(
+    lambda: CustomerLink.objects.filter(customer_id=Param("customer", models.UUIDField())).values_list("pk")[:1]
 )
 _LOCKED_LINKS = Prepared(
     lambda: CustomerLink.objects.filter(Among("id", "ids", models.BigAutoField())).order_by("pk").select_for_update()
