@@ -27,7 +27,7 @@ def in_index(listing: Listing, connections: Collection[int], *, made: Collection
     holds. In the order of ids these may begin far behind, as what was made last does: a second look goes there.
     """
     links = CustomerLink.objects.filter(connection__in=connections)
-    looked = 0
+    looked, begun = 0, Q()
     links = links.alias(shown_rootfi_id=F("pk"), shown_rootfi_created_at=F("created_at"))
     columns = [{"rootfi_id": "pk", "rootfi_created_at": "created_at"}[name] for name, _ in listing.order]
 
@@ -40,14 +40,15 @@ def in_index(listing: Listing, connections: Collection[int], *, made: Collection
         return Q(pk__gte=min(firsts)) if listing.ascending else Q(pk__lte=max(firsts))
 
     def look(place: Mapping[str, Any] | None) -> Look:
-        nonlocal looked, links
+        nonlocal looked, begun, links
         looked += 1
         if looked == 2 and made:
-            links = links.filter(begin())
+            begun = begin()
+            links = links.filter(begun)
         rows = links if place is None else links.filter(listing.side(place, after=True))
         for last in listing.ordered(rows).values_list(*columns)[ROWS - 1 : ROWS]:
-            return Look(until={name: value for (name, _), value in zip(listing.order, last, strict=True)})
-        return Look()
+            return Look(only=begun, until={name: value for (name, _), value in zip(listing.order, last, strict=True)})
+        return Look(only=begun)
 
     return look
 
