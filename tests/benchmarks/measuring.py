@@ -65,16 +65,19 @@ def options(**more: str) -> argparse.ArgumentParser:
     return parser
 
 
-def own_database(stack: ExitStack, **environment: str) -> Path:
+def own_database(stack: ExitStack, *, keep: bool = False, **environment: str) -> Path:
     """A new database, migrated, and Django set up for it; returns a folder that goes with it when `stack` closes.
 
-    A file of SQLite, or with DATABASE_URL a new database on that server. `environment` is set before Django reads it.
+    A file of SQLite, or with DATABASE_URL a new database on that server; with `keep` the very one that DATABASE_URL
+    names, which stays. `environment` is set before Django reads it.
     """
     # Whoever ends a benchmark early leaves no database behind.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hub-benchmark-")))
     url = os.environ.get("DATABASE_URL", "")
-    if url:
+    if keep:
+        assert url, "--keep needs DATABASE_URL: the database that is kept"
+    elif url:
         import psycopg
 
         name = f"hub_bench_{os.getpid()}"
