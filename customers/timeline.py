@@ -68,10 +68,10 @@ class Event:
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """Which part of whose timeline is wanted. `sees`: personal data may be shown. `only`: PEOPLE, SYSTEMS or ""."""
+    """Which part of whose timeline is wanted. `clear`: personal data may be shown. `only`: PEOPLE, SYSTEMS or ""."""
 
     customer: Customer
-    sees: bool
+    clear: bool
     only: str = ""
     before: Cursor | None = None
     rows: int = ROWS
@@ -89,11 +89,11 @@ class Asked:
 
     def value(self, name: str, value: Any) -> str:
         """A customer field's value as this reader may see it."""
-        return shown(value if self.sees else masked(name, value))
+        return shown(value if self.clear else masked(name, value))
 
     def text(self, text: str) -> str:
         """A sentence that somebody wrote, perhaps another system, as this reader may see it."""
-        return text if self.sees else redacted(text, vars(self.customer))
+        return text if self.clear else redacted(text, vars(self.customer))
 
 
 Source = Callable[[Asked], list[Event]]

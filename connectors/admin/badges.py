@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 
-from django.contrib import admin
 from django.db.models import Case, CharField, F, Q, Value, When
-from django.http import HttpRequest
 from django.utils.html import format_html, format_html_join
 
 from connectors.models import Connection, SyncRun
 from connectors.states import HEALTH, PARKED, RUN_STATUSES, STATUSES, LinkState, health_key, health_sentence
-from customers.admin import offered, organizations
 from customers.privacy import redacted
 
 
@@ -79,21 +76,3 @@ def status_column(*, now: datetime) -> Case:
         When(state=LinkState.RETRYING, then=Value("retrying")),
     )
     return Case(*conditions, default=Value("waiting"), output_field=CharField())
-
-
-def connection_choices(request: HttpRequest) -> list[tuple[str, str]]:
-    """The connections of the person's own organizations, for filters."""
-    own = {organization.pk: organization.name for organization in organizations(request)}
-    rows = Connection.objects.filter(organization__in=own).values_list("pk", "name", "organization_id")
-    return [(str(pk), f"{name} ({own[of]})" if len(own) > 1 else name) for pk, name, of in rows]
-
-
-class ConnectionFilter(admin.SimpleListFilter):
-    title = "system"
-    parameter_name = "connection"
-
-    def lookups(self, request: HttpRequest, model_admin: object) -> list[tuple[str, str]]:
-        return connection_choices(request)
-
-    def queryset(self, request: HttpRequest, queryset):  # type: ignore[no-untyped-def] # any model with a connection
-        return offered(self, queryset, "connection")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -27,7 +27,8 @@ from connectors.sync import runs
 from connectors.sync.forecast import LOOKED_AT, Expected, Forecast, forecast
 from connectors.sync.request import request as request_push
 from customers import editing
-from customers.admin import CustomerAdmin, actor_of, by_organization
+from customers.admin.customers import CustomerAdmin
+from customers.admin.person import actor_of
 from customers.models import Customer, Organization
 from customers.privacy import sees
 
@@ -123,7 +124,7 @@ class BulkActions(CustomerAdmin):
             number=len(ids),
             today=_expected(connection, ids, now=now),
             forecast=found,
-            examples=[_example(one, may_see=sees(request.user)) for one in (found.samples if found else ())],
+            examples=[_example(one, clear=sees(request.user)) for one in (found.samples if found else ())],
             held=_held(connection, len(ids)),
         )
 
@@ -176,8 +177,8 @@ class BulkActions(CustomerAdmin):
                 "opts": self.opts,
                 "connection": connection,
                 "checked": result,
-                "rows": checking.rows(result.found, sees=sees(request.user)),
-                "refusals": checking.refusals(result.found, sees=sees(request.user)),
+                "rows": checking.rows(result.found, clear=sees(request.user)),
+                "refusals": checking.refusals(result.found, clear=sees(request.user)),
                 "can_view_customers": True,
             }
             return TemplateResponse(request, "connectors/check.html", context)
@@ -250,7 +251,7 @@ class BulkActions(CustomerAdmin):
 
     def _chosen(self, request: HttpRequest, customers: QuerySet[Customer]) -> dict[int, list[UUID]] | None:
         """The ids by organization; None, having said so, when they are too many."""
-        chosen = {organization.pk: ids for organization, ids in by_organization(customers, limit=MAX_CHOSEN + 1)}
+        chosen = {organization.pk: ids for organization, ids in _by_organization(customers, limit=MAX_CHOSEN + 1)}
         if sum(map(len, chosen.values())) <= MAX_CHOSEN:
             return chosen
         text = f"At most {MAX_CHOSEN} customers at once: narrow the choice, or use manage.py push_customers."
@@ -302,10 +303,10 @@ def _held(connection: Connection, number: int) -> str:
     return f"it is new. At most {CANARY} customers go there before one was accepted: take its first steps."
 
 
-def _example(one: Expected, *, may_see: bool) -> tuple[Customer, str, list[tuple[str, str, str]]]:
+def _example(one: Expected, *, clear: bool) -> tuple[Customer, str, list[tuple[str, str, str]]]:
     """A customer, what would be done, and the first fields that go out: label, there, here."""
     word = "create" if one.outcome == "created" else "update"
-    return one.customer, word, checking.differences(one.fields, sees=may_see)[:EXAMPLE_FIELDS]
+    return one.customer, word, checking.differences(one.fields, clear=clear)[:EXAMPLE_FIELDS]
 
 
 def _expected(connection: Connection, ids: Collection[UUID], *, now: datetime) -> str:
@@ -321,3 +322,12 @@ def _expected(connection: Connection, ids: Collection[UUID], *, now: datetime) -
     parts = [f"{len(ids) - sum(counts.values())} new there"]
     parts += [f"{number} {STATUSES[key].word.lower()}" for key, number in counts.items()]
     return ", ".join(parts)
+
+
+def _by_organization(customers: QuerySet[Customer], *, limit: int) -> Iterator[tuple[Organization, list[UUID]]]:
+    """The ids of these customers (at most `limit`), apart for each organization."""
+    ids: dict[int, list[UUID]] = {}
+    for organization, pk in customers.order_by("pk").values_list("organization_id", "pk")[:limit]:
+        ids.setdefault(organization, []).append(pk)
+    for found in Organization.objects.filter(pk__in=ids):
+        yield found, ids[found.pk]

@@ -91,7 +91,7 @@ class Row:
     samples: list[tuple[Customer | None, str, list[tuple[str, str, str]], str]]
 
 
-def rows(found: Check, *, sees: bool) -> list[Row]:
+def rows(found: Check, *, clear: bool) -> list[Row]:
     """The findings with their samples; personal values are masked for who does not see them."""
     return [
         Row(
@@ -99,29 +99,29 @@ def rows(found: Check, *, sees: bool) -> list[Row]:
             word=word,
             meaning=meaning,
             count=found.counts[finding],
-            samples=[_sample(sample, sees=sees) for sample in found.samples.get(finding, ())],
+            samples=[_sample(sample, clear=clear) for sample in found.samples.get(finding, ())],
         )
         for finding, (icon, word, meaning) in WORDS.items()
         if found.counts[finding]
     ]
 
 
-def _sample(sample: Sample, *, sees: bool) -> tuple[Customer | None, str, list[tuple[str, str, str]], str]:
+def _sample(sample: Sample, *, clear: bool) -> tuple[Customer | None, str, list[tuple[str, str, str]], str]:
     reason = sample.reason
-    if not sees:
+    if not clear:
         reason = redacted(reason, vars(sample.customer) if sample.customer else None)
-    return sample.customer, sample.remote_id, differences(sample.fields, sees=sees), reason
+    return sample.customer, sample.remote_id, differences(sample.fields, clear=clear), reason
 
 
-def refusals(found: Check, *, sees: bool) -> list[tuple[str, int]]:
+def refusals(found: Check, *, clear: bool) -> list[tuple[str, int]]:
     """Why records would be refused, the most frequent first. Of a record that cannot be read, it is quoted why."""
     counted = found.refusals.most_common(REFUSALS)
-    return [(text if sees else redacted(text), number) for (_, text), number in counted]
+    return [(text if clear else redacted(text), number) for (_, text), number in counted]
 
 
-def differences(fields: Any, *, sees: bool) -> list[tuple[str, str, str]]:
+def differences(fields: Any, *, clear: bool) -> list[tuple[str, str, str]]:
     """`{field: [one, other]}` as a field's label and both values in words."""
     return [
-        (label(name), shown(one if sees else masked(name, one)), shown(other if sees else masked(name, other)))
+        (label(name), shown(one if clear else masked(name, one)), shown(other if clear else masked(name, other)))
         for name, (one, other) in fields.items()
     ]

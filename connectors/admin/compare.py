@@ -30,7 +30,7 @@ from connectors.sealing import UnsealError
 from connectors.states import STATUSES
 from connectors.sync.preview import SENDS, UNKNOWN, Preview, Row, Will, preview
 from connectors.sync.settle import unanswered
-from customers.admin import CustomerAdmin
+from customers.admin.customers import CustomerAdmin
 from customers.editing import EDITABLE
 from customers.forms import label, shown
 from customers.ids import uuid7
@@ -124,14 +124,14 @@ def read_record(
     return Read(at=now, record=record, elapsed=elapsed)
 
 
-def _line(row: Row, connection: Connection, *, open_: bool, creates: bool) -> Line:
+def _line(row: Row, connection: Connection, *, clear: bool, creates: bool) -> Line:
     icon, words = WORDS[row.will]
-    hidden = not open_ and row.name in PERSONAL
-    there = row.there if row.there is UNKNOWN or open_ else masked(row.name, row.there)
+    hidden = not clear and row.name in PERSONAL
+    there = row.there if row.there is UNKNOWN or clear else masked(row.name, row.there)
     sent = [path if hidden else f"{path} {pretty(value)}" for path, value in row.sent_as.items()]
     return Line(
         title=label(row.name),
-        here=shown(row.here if open_ else masked(row.name, row.here)),
+        here=shown(row.here if clear else masked(row.name, row.here)),
         there=("–" if creates else "not known") if there is UNKNOWN else shown(there),
         icon=icon,
         words=words.format(system=connection.name),
@@ -158,10 +158,10 @@ def compare(
     connections: Sequence[Connection],
     *,
     now: datetime,
-    open_: bool,
+    clear: bool,
     reads: Mapping[int, Read] | None = None,
 ) -> list[Compared]:
-    """What a push to each of these systems would do, in two queries. `open_`: personal data may be shown."""
+    """What a push to each of these systems would do, in two queries. `clear`: personal data may be shown."""
     rows = CustomerLink.objects.filter(customer=customer, connection__in=connections, is_duplicate=False)
     links = {link.connection_id: link for link in rows}
     lost = unanswered(list(links.values()))
@@ -186,7 +186,7 @@ def compare(
         key = link.status_key(now=now) if link else "not_linked"
         sentence = STATUSES[key].sentence.format(system=connection.name) if link is None else link.sentence(now=now)
         compared.append(
-            _compared(customer, connection, link, provider, made, key, sentence, read, open_, mark_uid=at_hand.uid)
+            _compared(customer, connection, link, provider, made, key, sentence, read, clear, mark_uid=at_hand.uid)
         )
     return compared
 
@@ -200,12 +200,12 @@ def _compared(
     key: str,
     sentence: str,
     read: Read | None,
-    open_: bool,
+    clear: bool,
     *,
     mark_uid: UUID,
 ) -> Compared:
     def told(text: str) -> str:
-        return text if open_ else redacted(text, vars(customer))
+        return text if clear else redacted(text, vars(customer))
 
     fetches = provider.capabilities(connection).fetches
     result = Compared(
@@ -214,12 +214,12 @@ def _compared(
         badge=link_badge(key),
         sentence=told(sentence),
         lines=[
-            _line(row, connection, open_=open_, creates=made.creates)
+            _line(row, connection, clear=clear, creates=made.creates)
             for row in made.rows
             if row.will is not Will.NOT_MAPPED
         ],
         unmapped=[label(row.name) for row in made.rows if row.will is Will.NOT_MAPPED],
-        requests=[_request(request, open_) for request in made.requests],
+        requests=[_request(request, clear=clear) for request in made.requests],
         made=made,
         mark="" if link else mark_of(customer, connection, mark_uid),
         read_at=read.at if read and read.record else None,
@@ -242,11 +242,11 @@ def _compared(
     return result
 
 
-def _request(request: Request, open_: bool) -> tuple[Request, str, str]:
+def _request(request: Request, *, clear: bool) -> tuple[Request, str, str]:
     headers = "\n".join(f"{name}: {value}" for name, value in request.headers.items())
     if request.body is None:
         return request, headers, ""
-    return request, headers, pretty(request.body) if open_ else ""
+    return request, headers, pretty(request.body) if clear else ""
 
 
 class CompareAdmin(CustomerAdmin):
@@ -319,8 +319,8 @@ class CompareAdmin(CustomerAdmin):
         connections: Sequence[Connection],
         reads: Mapping[int, Read] | None = None,
     ) -> HttpResponse:
-        open_ = sees(request.user)
-        systems = compare(customer, connections, now=timezone.now(), open_=open_, reads=reads)
+        clear = sees(request.user)
+        systems = compare(customer, connections, now=timezone.now(), clear=clear, reads=reads)
         one = connections[0] if len(connections) == 1 else None
         can_push = self.has_push_permission(request)
         context = {
@@ -333,6 +333,6 @@ class CompareAdmin(CustomerAdmin):
             "can_push": can_push,
             "can_read": can_push and any(system.can_read for system in systems),
             "sending": sum(1 for system in systems if system.made and system.made.sends),
-            "sees": open_,
+            "clear": clear,
         }
         return TemplateResponse(request, "connectors/compare.html", context)

@@ -35,7 +35,9 @@ from connectors.states import HEALTH, health_key, health_sentence
 from connectors.sync.pull import AlreadyRunning, pull
 from connectors.sync.request import request as request_push
 from connectors.sync.schedule import problems_of_cron
-from customers.admin import OrganizationFilter, OwnAdmin, actor_of
+from customers.admin.filters import OrganizationFilter
+from customers.admin.own import OwnAdmin
+from customers.admin.person import actor_of
 from customers.models import Customer
 from customers.privacy import sees
 from customers.theme import CheckboxInput, ModelForm, PasswordInput, Select
@@ -335,13 +337,13 @@ class ConnectionAdmin(FirstSteps, OwnAdmin):
     def _facts(self, request: HttpRequest, obj: Connection, *, now: datetime) -> dict[str, Any]:
         """What the page tells besides the settings, in a constant number of queries."""
         provider = PROVIDERS.get(obj.provider)
-        queue = overview.queue(obj, sees=sees(request.user), now=now)
+        queue = overview.queue(obj, clear=sees(request.user), now=now)
         parked, oldest_due = queue.parked, queue.oldest_due
         may_see_customers = request.user.has_perm("customers.view_customer")
         example = mapping = None
         if provider is not None and may_see_customers:
             example = overview.example_of(obj, request.GET.get("example", ""))
-            mapping = overview.mapping(provider, obj, example=example, sees=sees(request.user))
+            mapping = overview.mapping(provider, obj, example=example, clear=sees(request.user))
         return {
             "badge": connection_badge(obj, parked=parked, oldest_due=oldest_due, now=now),
             "health": HEALTH[health_key(obj, parked=parked, oldest_due=oldest_due, now=now)],
@@ -423,8 +425,8 @@ class ConnectionAdmin(FirstSteps, OwnAdmin):
             "opts": self.opts,
             "connection": connection,
             "checked": result,
-            "rows": checking.rows(result.found, sees=sees(request.user)),
-            "refusals": checking.refusals(result.found, sees=sees(request.user)),
+            "rows": checking.rows(result.found, clear=sees(request.user)),
+            "refusals": checking.refusals(result.found, clear=sees(request.user)),
             "can_view_customers": request.user.has_perm("customers.view_customer"),
         }
         return TemplateResponse(request, "connectors/check.html", context)

@@ -36,7 +36,9 @@ from connectors.sync.merge import same
 from connectors.sync.plan import changed_values
 from connectors.sync.push import push
 from connectors.sync.request import request as request_push
-from customers.admin import MOMENT, CustomerAdmin, actor_of, organizations, shows_personal
+from customers.admin.customers import CustomerAdmin, shows_personal
+from customers.admin.own import MOMENT
+from customers.admin.person import actor_of, organizations
 from customers.editing import EDITABLE, Actor
 from customers.forms import label
 from customers.ids import parse_public_id
@@ -343,7 +345,7 @@ class LinkedCustomerAdmin(BulkActions, Tables, LinkAdmin):
         return super().render_change_form(request, context, add, change, form_url, obj)
 
     def _add_systems(self, request: HttpRequest, context: dict[str, Any], customer: Customer) -> None:
-        asked = Asked(customer=customer, sees=shows_personal(request, customer))
+        asked = Asked(customer=customer, clear=shows_personal(request, customer))
         # A refused save leaves what was typed on the customer: what systems have is compared with what is stored.
         stored = Customer.objects.get(pk=customer.pk) if request.method == "POST" else customer
         systems = systems_of(stored, now=timezone.now())

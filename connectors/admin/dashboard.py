@@ -24,7 +24,8 @@ from connectors.models import Connection, CustomerLink, Heartbeat, SyncRun
 from connectors.sync import heartbeat
 from connectors.sync.claim import due
 from connectors.sync.clock import database_clock
-from customers.admin import MOMENT, organizations
+from customers.admin.own import MOMENT
+from customers.admin.person import organizations
 from customers.forms import label
 from customers.models import CustomerChange
 

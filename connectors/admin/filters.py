@@ -16,7 +16,9 @@ from django.utils import timezone
 from connectors.admin.reasons import causes
 from connectors.models import Conflict, Connection, CustomerLink
 from connectors.states import STATUSES, LinkState
-from customers.admin import COUNTED, MoreThan, narrowed, newest, organizations
+from customers.admin.filters import narrowed, newest, offered
+from customers.admin.paging import COUNTED, MoreThan
+from customers.admin.person import organizations
 from customers.models import Customer
 from customers.privacy import sees
 
@@ -24,11 +26,13 @@ REASONS_SHOWN = 10
 
 
 def own_connections(request: HttpRequest) -> list[Connection]:
-    """The connections of the person's own organizations, read once per request."""
+    """The connections of the person's own organizations, with these, read once per request."""
     found: list[Connection] | None = getattr(request, "own_connections", None)
     if found is None:
-        rows = Connection.objects.filter(organization__in=[own.pk for own in organizations(request)])
-        found = list(rows.only("name", "organization", "direction", "state", "not_before"))
+        own = {organization.pk: organization for organization in organizations(request)}
+        found = list(Connection.objects.filter(organization__in=own).defer("credentials", "checkpoint", "options"))
+        for one in found:
+            one.organization = own[one.organization_id]
         request.own_connections = found  # type: ignore[attr-defined] # kept where it belongs: on this request
     return found
 
@@ -188,6 +192,25 @@ def with_links(
     return few.filter(Exists(links.filter(customer=OuterRef("pk"))))
 
 
+def connection_choices(request: HttpRequest) -> list[tuple[str, str]]:
+    several = len(organizations(request)) > 1
+    return [
+        (str(one.pk), f"{one.name} ({one.organization.name})" if several else one.name)
+        for one in own_connections(request)
+    ]
+
+
+class ConnectionFilter(admin.SimpleListFilter):
+    title = "system"
+    parameter_name = "connection"
+
+    def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, str]]:
+        return connection_choices(request)
+
+    def queryset(self, request: HttpRequest, queryset):  # type: ignore[no-untyped-def] # any model with a connection
+        return offered(self, queryset, "connection")
+
+
 class SystemFilter(admin.SimpleListFilter):
     """Together with the state: customers with a link in this state in this system."""
 
@@ -195,12 +218,7 @@ class SystemFilter(admin.SimpleListFilter):
     parameter_name = "system"
 
     def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, str]]:
-        own = {organization.pk: organization.name for organization in organizations(request)}
-        several = len(own) > 1
-        return [
-            (str(one.pk), f"{one.name} ({own[one.organization_id]})" if several else one.name)
-            for one in own_connections(request)
-        ]
+        return connection_choices(request)
 
     def queryset(self, request: HttpRequest, queryset: QuerySet[Customer]) -> QuerySet[Customer]:
         if self.value() and not request.GET.get(StateFilter.parameter_name):

@@ -10,14 +10,15 @@ from django.db.models import QuerySet
 from django.http import HttpRequest, HttpResponse, HttpResponseRedirect
 from django.urls import URLPattern
 
-from connectors.admin.badges import ConnectionFilter, badge
-from connectors.admin.needs import own_connections
+from connectors.admin.badges import badge
+from connectors.admin.filters import ConnectionFilter, own_connections
 from connectors.admin.resolving import fields_of, safe_next
 from connectors.models import Conflict, Issue
 from connectors.sync import issues
 from connectors.sync.clock import database_clock
 from customers import jsontext
-from customers.admin import MOMENT, OrganizationFilter, ReadOnlyAdmin, link_to
+from customers.admin.filters import OrganizationFilter
+from customers.admin.own import MOMENT, ReadOnlyAdmin, link_to
 from customers.forms import label, shown
 from customers.privacy import masked, sees
 

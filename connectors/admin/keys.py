@@ -17,7 +17,8 @@ from django.views.decorators.debug import sensitive_variables
 
 from connectors.admin.badges import badge
 from connectors.models import ApiKey
-from customers.admin import MOMENT, OrganizationFilter, OwnAdmin
+from customers.admin.filters import OrganizationFilter
+from customers.admin.own import MOMENT, OwnAdmin
 from customers.theme import CheckboxSelectMultiple, ModelForm
 
 

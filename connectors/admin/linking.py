@@ -20,7 +20,7 @@ from connectors.provider import Record
 from connectors.providers import PROVIDERS
 from connectors.sync.resolve import HERE, THERE, Joined, WrongState, joined, link_existing
 from customers import jsontext
-from customers.admin import actor_of
+from customers.admin.person import actor_of
 from customers.editing import StaleVersion
 from customers.forms import label, shown
 from customers.models import Customer
@@ -163,7 +163,7 @@ class LinkAdmin(CompareAdmin):
         connection, record, answer = self._read(request, customer)
         if connection is None or record is None:
             return answer
-        open_ = sees(request.user)
+        clear = sees(request.user)
         rows = joined(customer=customer, record=record, provider=PROVIDERS[connection.provider])
         return self._link_page(
             request,
@@ -174,7 +174,7 @@ class LinkAdmin(CompareAdmin):
             found={
                 "connection": connection,
                 "record": record,
-                "rows": [_side(row, open_) for row in rows],
+                "rows": [_side(row, clear=clear) for row in rows],
                 "digest": digest(record),
                 "unlike": sum(row.differs for row in rows),
                 "can_take": self.has_change_permission(request, customer),
@@ -202,14 +202,14 @@ class LinkAdmin(CompareAdmin):
             "error": error if sees(request.user) else redacted(error, vars(customer)),
             "found": found,
             "length": REMOTE_ID_LENGTH,
-            "sees": sees(request.user),
+            "clear": sees(request.user),
         }
         return TemplateResponse(request, "connectors/link_existing.html", context)
 
 
-def _side(row: Joined, open_: bool) -> Side:
+def _side(row: Joined, *, clear: bool) -> Side:
     def told(value: object) -> str:
-        return shown(value if open_ else masked(row.name, value))
+        return shown(value if clear else masked(row.name, value))
 
     return Side(
         title=label(row.name),

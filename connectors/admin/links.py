@@ -9,14 +9,15 @@ from django.db.models import Q, QuerySet
 from django.http import HttpRequest, HttpResponse
 from django.utils import timezone
 
-from connectors.admin.badges import ConnectionFilter, link_badge
-from connectors.admin.filters import chosen_connections, in_status, own_connections
+from connectors.admin.badges import link_badge
+from connectors.admin.filters import ConnectionFilter, chosen_connections, in_status, own_connections
 from connectors.admin.needs import kind_of
 from connectors.admin.resolving import ResolvePages
 from connectors.models import CustomerLink
 from connectors.states import STATUSES
 from customers import jsontext
-from customers.admin import MOMENT, link_to, organizations
+from customers.admin.own import MOMENT, link_to
+from customers.admin.person import organizations
 from customers.ids import parse_public_id
 from customers.models import Customer
 from customers.normalize import email_key, name_key

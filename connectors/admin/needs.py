@@ -19,11 +19,13 @@ from django.utils.http import urlencode
 from django.views.decorators.http import require_POST, require_safe
 
 from connectors.admin.badges import badge, link_badge
+from connectors.admin.filters import own_connections
 from connectors.models import MAY_NEED_SOMEBODY, Connection, CustomerLink, Issue
 from connectors.states import HEALTH, STATUSES, LinkState, health_sentence
 from connectors.sync.clock import database_clock
 from connectors.sync.resolve import WrongState, releasable, release
-from customers.admin import ReadOnlyAdmin, actor_of, organizations
+from customers.admin.own import ReadOnlyAdmin
+from customers.admin.person import actor_of, organizations
 from customers.editing import EDITABLE
 from customers.forms import label
 from customers.models import Customer
@@ -103,11 +105,6 @@ def may_settle(request: HttpRequest) -> tuple[str, ...]:
 def open_issues(connections: Iterable[Connection]) -> QuerySet[Issue]:
     """What else a person has to see to at these connections."""
     return Issue.objects.filter(connection__in=list(connections), resolved_at=None).exclude(kind__in=LISTED)
-
-
-def own_connections(request: HttpRequest) -> list[Connection]:
-    rows = Connection.objects.filter(organization__in=[own.pk for own in organizations(request)])
-    return list(rows.select_related("organization").defer("credentials", "checkpoint", "options"))
 
 
 def kind_badge(kind: str) -> str:

@@ -20,7 +20,7 @@ from connectors.states import STATUSES, LinkState
 from connectors.sync import limits
 from connectors.sync.claim import due
 from connectors.sync.preview import leaves
-from customers.admin import MoreThan
+from customers.admin.paging import MoreThan
 from customers.editing import EDITABLE, FLAGS, draft, imagined
 from customers.forms import label, shown
 from customers.ids import parse_public_id, uuid7
@@ -71,7 +71,7 @@ def links_url(**query: Any) -> str:
     return f"{reverse('admin:connectors_customerlink_changelist')}?{urlencode(query)}"
 
 
-def queue(connection: Connection, *, sees: bool, now: datetime) -> Queue:
+def queue(connection: Connection, *, clear: bool, now: datetime) -> Queue:
     """Six queries. What systems say may quote personal data: it is hidden from who does not see that."""
     links = CustomerLink.objects.filter(connection=connection)
     found = Queue()
@@ -90,7 +90,7 @@ def queue(connection: Connection, *, sees: bool, now: datetime) -> Queue:
             url=f"{reverse('admin:customers_customer_changelist')}?"
             + urlencode({"system": connection.pk, "state": "rejected", "reason": cause.fingerprint}),
         )
-        for cause in causes(links.filter(state=LinkState.REJECTED), clear=sees, most=REASONS)
+        for cause in causes(links.filter(state=LinkState.REJECTED), clear=clear, most=REASONS)
     ]
     waits = links.filter(due(now=now)).order_by("next_attempt_at").values_list("next_attempt_at", flat=True)
     found.oldest_due = waits[:1].first() if connection.pushes else None
@@ -268,7 +268,7 @@ OTHER: Mapping[str, Any] = {
 _ABSENT = object()
 
 
-def mapping(provider: Provider, connection: Connection, *, example: Customer | None, sees: bool) -> Fields:
+def mapping(provider: Provider, connection: Connection, *, example: Customer | None, clear: bool) -> Fields:
     """Which field goes where, found out by asking the connector for documents that differ in one field.
 
     `example` is a stored customer to show; its values are masked for who does not see them.
@@ -298,7 +298,7 @@ def mapping(provider: Provider, connection: Connection, *, example: Customer | N
 
     def told(name: str, place: str) -> str:
         value = sent[place]
-        if not sees and place in personal:
+        if not clear and place in personal:
             value = masked(name, value) if name in PERSONAL else HIDDEN
         return f"{place} = {shown(value)}"
 

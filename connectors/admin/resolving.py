@@ -20,6 +20,7 @@ from django.utils.http import url_has_allowed_host_and_scheme, urlencode
 from django.views.decorators.http import require_http_methods
 
 from connectors.admin.badges import link_badge
+from connectors.admin.filters import own_connections
 from connectors.admin.needs import (
     EDIT,
     PAGE,
@@ -27,7 +28,6 @@ from connectors.admin.needs import (
     after,
     cursor_of,
     kind_of,
-    own_connections,
     safe_text,
     sentence,
 )
@@ -43,7 +43,7 @@ from connectors.sync.deletes import goes_with_archive
 from connectors.sync.resolve import HERE, THERE, Likely, WrongState
 from connectors.sync.settle import unanswered
 from customers import editing, jsontext
-from customers.admin import actor_of, organizations
+from customers.admin.person import actor_of, organizations
 from customers.editing import EDITABLE, InvalidCustomer
 from customers.forms import label, shown
 from customers.models import Customer, CustomerChange

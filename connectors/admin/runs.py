@@ -17,14 +17,17 @@ from django.http.response import HttpResponseBase
 from django.urls import URLPattern, path, reverse
 from django.utils import timezone
 
-from connectors.admin.badges import ConnectionFilter, run_badge
+from connectors.admin.badges import run_badge
+from connectors.admin.filters import ConnectionFilter
 from connectors.admin.reasons import causes
 from connectors.models import CustomerLink, SyncRun
 from connectors.states import STATUSES, LinkState
 from connectors.sync import resolve
 from connectors.sync.cancel import NotCancellable, cancel, cancellable
 from customers import tabular
-from customers.admin import MOMENT, OrganizationFilter, ReadOnlyAdmin, actor_of
+from customers.admin.filters import OrganizationFilter
+from customers.admin.own import MOMENT, ReadOnlyAdmin
+from customers.admin.person import actor_of
 from customers.forms import label
 from customers.models import Customer
 from customers.privacy import redacted, sees

@@ -31,7 +31,8 @@ from connectors.models import Connection, ImportFile
 from connectors.sync import exporting, importing
 from connectors.sync.importing import MAX_FILE_BYTES, MAX_FILE_ROWS
 from customers import tabular
-from customers.admin import CustomerAdmin, actor_of, organizations
+from customers.admin.customers import CustomerAdmin
+from customers.admin.person import actor_of, organizations
 from customers.models import Organization
 from customers.privacy import sees
 from customers.theme import CheckboxInput, Select
@@ -172,9 +173,9 @@ class Tables(CustomerAdmin):
         # Only what was seen may be confirmed.
         file.options = {**file.options, "rows": 0 if found.damaged else found.number}
         file.save(update_fields=["options"])
-        may_see = sees(request.user)
+        clear = sees(request.user)
         rows = [
-            (number, name, outcome, checking.differences(changes, sees=may_see))
+            (number, name, outcome, checking.differences(changes, clear=clear))
             for number, name, outcome, changes in found.rows
         ]
         return self._page_of(request, file, preview=found, rows=rows)
@@ -218,7 +219,7 @@ class Tables(CustomerAdmin):
         except IncorrectLookupParameters:
             return HttpResponseRedirect(reverse("admin:customers_customer_changelist"))
         customers = customers.select_related(None).filter(merged_into=None)
-        rows = exporting.rows(customers, connection=self._source(request), hide=not sees(request.user))
+        rows = exporting.rows(customers, connection=self._source(request), clear=sees(request.user))
         named = {"Content-Disposition": f'attachment; filename="customers.{kind}"', "Cache-Control": "no-store"}
         if kind == "csv":
             return StreamingHttpResponse(tabular.csv_lines(rows), content_type=KINDS[kind], headers=named)

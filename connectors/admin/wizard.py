@@ -28,7 +28,8 @@ from connectors.sealing import UnsealError
 from connectors.sync.pull import AlreadyRunning, pull
 from connectors.sync.push import push
 from connectors.sync.request import request as request_push
-from customers.admin import OwnAdmin, actor_of
+from customers.admin.own import OwnAdmin
+from customers.admin.person import actor_of
 from customers.ids import parse_public_id, uuid7
 from customers.models import Customer
 from customers.normalize import email_key, name_key
@@ -186,7 +187,7 @@ class FirstSteps(OwnAdmin):
             sent.append((link, link_badge(link.status_key(now=now)), sentence))
         succeeded = canary_succeeded(connection)
         term = request.GET.get("q", "").replace("\x00", "").strip()
-        may_see = may_push and request.user.has_perm("customers.view_customer")
+        may_view = may_push and request.user.has_perm("customers.view_customer")
         context = {
             **self.admin_site.each_context(request),
             "title": f"First steps with {connection}",
@@ -204,7 +205,7 @@ class FirstSteps(OwnAdmin):
             "create_policies": Connection.CreatePolicy.choices,
             "sent": sent,
             "succeeded": succeeded,
-            "offered": self._offered(request, connection, provider, term) if may_see else [],
+            "offered": self._offered(request, connection, provider, term) if may_view else [],
             "term": term,
             "most": CANARY,
             "can_change": self.has_change_permission(request, connection),
@@ -229,7 +230,7 @@ class FirstSteps(OwnAdmin):
         elif term:
             rows = rows.filter(name_key__startswith=name_key(term))
         linked = CustomerLink.objects.filter(connection=connection).values("customer")
-        may_see = sees(request.user)
+        clear = sees(request.user)
         offered = []
         for customer in rows.exclude(pk__in=linked).order_by("-updated_at", "-id")[:OFFERED]:
             refused = ""
@@ -239,7 +240,7 @@ class FirstSteps(OwnAdmin):
                 refused = error.message
             if refused and not term:
                 continue
-            email = customer.email if may_see else str(masked("email", customer.email))
+            email = customer.email if clear else str(masked("email", customer.email))
             offered.append((customer, email, refused))
         return offered[:CANARY]
 

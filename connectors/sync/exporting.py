@@ -16,15 +16,15 @@ PAGE_ROWS = 1000
 
 
 def rows(
-    customers: QuerySet[Customer], *, connection: Connection | None = None, hide: bool = False
+    customers: QuerySet[Customer], *, connection: Connection | None = None, clear: bool = True
 ) -> Iterator[Sequence[str]]:
-    """The header, then each customer's protected cells. `hide` masks what is personal; `connection` adds its ids."""
+    """The header, then each customer's protected cells, masked without `clear`; `connection` adds its ids."""
     columns = tabular.columns_for(custom=custom_names(customers, None), external_id=connection is not None)
     yield columns
     for page in pages(customers, None):
         ids = external_ids(page, connection)
         for customer in page:
-            if hide:
+            if not clear:
                 mask(customer)
             yield tabular.cells_of(customer, columns, external_id=ids.get(customer.pk, ""))
 

@@ -81,7 +81,7 @@ def test_a_large_queue_is_counted_as_far_as_an_index_goes(
     for _ in range(3):
         link(new_customer(organization), books, state=LinkState.REJECTED, needed_version=1)
     link(new_customer(organization), books)
-    found = overview.queue(books, sees=True, now=timezone.now())
+    found = overview.queue(books, clear=True, now=timezone.now())
     assert [(one.key, one.shown) for one in found.counts if one.key != "in_sync"] == [("rejected", "more than 2")]
 
 
@@ -117,12 +117,12 @@ def test_every_connector_tells_its_abilities_and_its_mapping(
     provider = PROVIDERS[slug]
     names = {ability.name for ability in overview.abilities(provider, made)}
     assert {"Create", "Read all", "Delete", "Batches"} <= names
-    found = overview.mapping(provider, made, example=customer, sees=True)
+    found = overview.mapping(provider, made, example=customer, clear=True)
     assert {row.field for row in found.rows} == provider.fields
     by_field = {row.field: row for row in found.rows}
     assert by_field["email"].places != "–"
     assert "contact@acme.com" in by_field["email"].example
-    hidden = overview.mapping(provider, made, example=customer, sees=False)
+    hidden = overview.mapping(provider, made, example=customer, clear=False)
     assert "contact@acme.com" not in str(hidden)
     assert "2079460958" not in str(hidden)
 
@@ -131,7 +131,7 @@ def test_the_mapping_says_what_is_needed_and_what_would_be_refused(
     books: Connection, organization: Organization
 ) -> None:
     bad = new_customer(organization, email="", name="No address")
-    found = overview.mapping(PROVIDERS["links"], books, example=bad, sees=True)
+    found = overview.mapping(PROVIDERS["links"], books, example=bad, clear=True)
     needed = {row.field for row in found.rows if row.needed}
     assert "email" in needed
     assert "phone" not in needed

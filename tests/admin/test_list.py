@@ -15,7 +15,10 @@ from connectors.admin import filters
 from connectors.admin.filters import counts_by_status, in_status
 from connectors.models import Conflict, Connection, CustomerLink
 from connectors.states import STATUSES
-from customers import admin, editing
+from customers import editing
+from customers.admin import customers as customer_admin
+from customers.admin import filters as own_filters
+from customers.admin.paging import BoundedPaginator, MoreThan
 from customers.editing import Actor
 from customers.models import Customer, Organization
 from tests.customers.test_customer_admin import LIST, staff
@@ -81,7 +84,7 @@ def test_filters_can_be_combined(organization: Organization, connect: Callable[.
 def test_the_filter_calls_a_link_what_its_page_calls_it(
     organization: Organization, connect: Callable[..., Connection], monkeypatch: pytest.MonkeyPatch, rare: int
 ) -> None:
-    monkeypatch.setattr(admin, "RARE", rare)
+    monkeypatch.setattr(own_filters, "RARE", rare)
     now = timezone.now()
     later = now + timedelta(hours=1)
     connections = [
@@ -147,7 +150,7 @@ def test_a_large_connection_is_counted_no_further_than_an_index_goes(
     counts = counts_by_status([large, small], now=timezone.now())
     assert str(counts[large.pk]["rejected"]) == "more than 2"
     assert counts[small.pk]["rejected"] == 2
-    assert all(isinstance(one.get("in_sync", admin.MoreThan(0)), admin.MoreThan) for one in counts.values())
+    assert all(isinstance(one.get("in_sync", MoreThan(0)), MoreThan) for one in counts.values())
 
 
 def test_what_no_index_tells_is_looked_for_among_the_newest_and_says_so(
@@ -160,7 +163,7 @@ def test_what_no_index_tells_is_looked_for_among_the_newest_and_says_so(
     for query in ({"state": "not_linked"}, {"duplicates": "email"}):
         assert names(client, **query) == {"C 0", "C 1", "C 2", "C 3"}
         with monkeypatch.context() as lowered:
-            lowered.setattr(admin, "LOOKED_AT", 2)
+            lowered.setattr(own_filters, "LOOKED_AT", 2)
             page = client.get(LIST, query)
             assert {one.name for one in page.context["cl"].result_list} == {"C 2", "C 3"}
             assert words in page.content.decode()
@@ -170,8 +173,8 @@ def test_what_no_index_tells_is_looked_for_among_the_newest_and_says_so(
 def test_many_hits_are_counted_no_further_than_they_are_paged_through(
     organization: Organization, connect: Callable[..., Connection], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(admin, "RARE", 3)
-    monkeypatch.setattr(admin, "COUNTED_SLOWLY", 2)
+    monkeypatch.setattr(own_filters, "RARE", 3)
+    monkeypatch.setattr(customer_admin, "COUNTED_SLOWLY", 2)
     shop = connect("links", direction="push")
     for _ in range(5):
         link(new(organization), shop, state="rejected", needed_version=1)
@@ -221,8 +224,7 @@ def test_the_list_costs_the_same_whatever_it_shows(
 
 
 def test_what_is_not_counted_to_its_end_says_so(organization: Organization, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(admin.BoundedPaginator, "bound", 60)
-    monkeypatch.setattr(admin, "COUNTED", 60)
+    monkeypatch.setattr(BoundedPaginator, "bound", 60)
     editing.create(organization=organization, values=[{"name": f"C {n}"} for n in range(70)], actor=COMMAND)
     client = staff(organization, *LOOK)
     page = client.get(LIST)

@@ -127,9 +127,9 @@ def test_what_a_check_found_is_told_without_what_is_personal(jane: Customer) -> 
     words = f"{OLD} of {jane.address_line1} is not valid."
     found.add(Finding.REFUSED, Sample(customer=jane, reason=words))
     found.refusals["email", f"{OLD} is not valid."] += 2
-    [blind], [seeing] = checking.rows(found, sees=False), checking.rows(found, sees=True)
+    [blind], [seeing] = checking.rows(found, clear=False), checking.rows(found, clear=True)
     assert (blind.samples[0][3], seeing.samples[0][3]) == ("••• of ••• is not valid.", words)
-    assert checking.refusals(found, sees=False) == [("••• is not valid.", 2)]
+    assert checking.refusals(found, clear=False) == [("••• is not valid.", 2)]
 
 
 def test_no_page_before_pushing_again_repeats_it(organization: Organization, link: CustomerLink) -> None:
