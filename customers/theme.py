@@ -1,5 +1,5 @@
-"""The look of the admin, named in this one place. The branch for the type checker is Django's own look: put it in place
-of the other and everything works without the theme.
+"""The look of the admin, named in this one place and in the template of lists. The branch for the type checker is
+Django's own look: put it in place of the other, and lists in Django's template, and everything works without the theme.
 """
 
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -7,16 +7,23 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 if TYPE_CHECKING:
     from django import forms
     from django.contrib import admin
+    from django.contrib.admin.templatetags.admin_list import result_headers
+    from django.contrib.admin.utils import display_for_field, display_for_value
     from django.contrib.auth.forms import AdminPasswordChangeForm, UserChangeForm, UserCreationForm
     from django.forms import CheckboxInput, CheckboxSelectMultiple, EmailInput, PasswordInput, Select, TextInput
 
     ModelForm: TypeAlias = forms.ModelForm[Any]
     ModelAdmin: TypeAlias = admin.ModelAdmin[Any]
     TabularInline: TypeAlias = admin.TabularInline[Any, Any]
+    CHECKBOX_CLASSES: list[str] = []
+    LINK_CLASSES: list[str] = []
+    ROW_CLASSES: list[str] = []
 else:
     from django.forms import ModelForm
     from unfold.admin import ModelAdmin, TabularInline
     from unfold.forms import AdminPasswordChangeForm, UserChangeForm, UserCreationForm
+    from unfold.templatetags.unfold_list import CHECKBOX_CLASSES, LINK_CLASSES, ROW_CLASSES, result_headers
+    from unfold.utils import display_for_field, display_for_value
     from unfold.widgets import (
         UnfoldAdminCheckboxSelectMultipleWidget as CheckboxSelectMultiple,
     )
@@ -37,6 +44,9 @@ else:
     )
 
 __all__ = [
+    "CHECKBOX_CLASSES",
+    "LINK_CLASSES",
+    "ROW_CLASSES",
     "AdminPasswordChangeForm",
     "CheckboxInput",
     "CheckboxSelectMultiple",
@@ -49,4 +59,7 @@ __all__ = [
     "TextInput",
     "UserChangeForm",
     "UserCreationForm",
+    "display_for_field",
+    "display_for_value",
+    "result_headers",
 ]

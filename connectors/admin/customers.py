@@ -51,7 +51,11 @@ CALL_SECONDS = 10.0
 PRESS_SECONDS = 20.0
 LEVELS = {"success": messages.SUCCESS, "warning": messages.WARNING, "danger": messages.ERROR}
 ASKS = ("conflict", "uncertain", "remote_deleted", "duplicate")
-BULKY = ("remote_data", "base_local", "base_remote")
+# What `CustomerLink.status_key` reads.
+TOLD = (
+    *("customer", "connection", "is_duplicate", "deleted_at", "state", "conflicts"),
+    *("next_attempt_at", "lease_until", "pushed_version", "needed_version"),
+)
 
 
 def reads_one(provider: Provider, connection: Connection) -> bool:
@@ -297,8 +301,11 @@ class LinkedCustomerAdmin(BulkActions, Tables, LinkAdmin):
         """The page's links come in one query, whatever the number of rows."""
         changes = super().get_changelist_instance(request)
         changes.result_list = list(changes.result_list)
-        links = CustomerLink.objects.select_related("connection").defer(*BULKY)
-        prefetch_related_objects(changes.result_list, Prefetch("links", queryset=links))
+        prefetch_related_objects(changes.result_list, Prefetch("links", queryset=CustomerLink.objects.only(*TOLD)))
+        connections = {one.pk: one for one in own_connections(request)}
+        for customer in changes.result_list:
+            for link in customer.links.all():
+                link.connection = connections[link.connection_id]
         return changes
 
     @admin.display(description="Systems")

@@ -11,6 +11,8 @@ from django.contrib.admin.views.main import ChangeList
 from django.db.models import Exists, OuterRef, Q, QuerySet, Subquery
 from django.http import HttpRequest
 from django.utils import timezone
+from django.utils.html import format_html, format_html_join
+from django.utils.safestring import mark_safe
 
 from customers.admin.person import organizations
 from customers.countries import NAME_OF
@@ -52,6 +54,11 @@ class ArchivedFilter(admin.SimpleListFilter):
         return queryset.filter(archived_at__isnull=self.value() == "no") if self.value() else queryset
 
 
+_COUNTRIES = sorted(((code, name.title()) for code, name in NAME_OF.items()), key=lambda country: country[1])
+# The same on every page of the list: a template would take longer for them than for the rows.
+_COUNTRY_OPTIONS = format_html_join("", '<option value="{}">{}</option>', [("", "All"), *_COUNTRIES])
+
+
 class CountryFilter(admin.SimpleListFilter):
     title = "country"
     parameter_name = "country"
@@ -61,10 +68,12 @@ class CountryFilter(admin.SimpleListFilter):
         """Nothing: the template shows a list to choose from, and hands on what else the address holds."""
         given = self.request.GET.lists()
         self.others = [(name, values) for name, values in given if name not in (self.parameter_name, "p", "e")]
+        chosen = format_html('value="{}"', self.value())
+        self.options = mark_safe(_COUNTRY_OPTIONS.replace(chosen, f"{chosen} selected"))
         return iter(())
 
     def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, str]]:
-        return sorted(((code, name.title()) for code, name in NAME_OF.items()), key=lambda country: country[1])
+        return _COUNTRIES
 
     def queryset(self, request: HttpRequest, queryset: QuerySet[Customer]) -> QuerySet[Customer]:
         # An empty code is no country: this is the index's own condition.

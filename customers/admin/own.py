@@ -38,6 +38,7 @@ class OwnAdmin(theme.ModelAdmin):
     organization_path = "organization"
     show_full_result_count = False
     list_per_page = 50
+    change_list_template = "customers/list.html"
     paginator = BoundedPaginator
     show_facets = admin.ShowFacets.NEVER  # numbers beside the filters would count whole tables
 

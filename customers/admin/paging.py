@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -10,7 +10,9 @@ from django.contrib.admin.views.main import ORDER_VAR, ChangeList
 from django.core.paginator import Paginator
 from django.db.models import QuerySet
 from django.http import HttpRequest
+from django.utils.safestring import SafeString
 
+from customers.admin import rows
 
 # Rows that a list counts and leads to; what lies beyond is reached by filters and search.
 COUNTED = 10_000
@@ -43,6 +45,16 @@ class BoundedPaginator(Paginator):  # type: ignore[type-arg] # none at run time
 
 class BoundedChangeList(ChangeList):
     """Sorts by what an index can bring in order, and by nothing else."""
+
+    @cached_property
+    def headings(self) -> list[dict[str, Any]]:
+        return rows.headings(self)
+
+    def rows(self) -> Iterator[SafeString]:
+        return rows.rows(self, self.headings)
+
+    def sorted_columns(self) -> int:
+        return sum(bool(heading["sortable"] and heading["sorted"]) for heading in self.headings)
 
     def get_ordering(self, request: HttpRequest, queryset: QuerySet[Any]) -> Any:
         sortable = set(self.sortable_by or ())
