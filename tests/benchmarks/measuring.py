@@ -19,7 +19,9 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
+Told = TypeVar("Told")
 # `smoke` shows that a benchmark runs, `small` is a laptop's minute, `full` what the goals are stated for.
 SIZES = ("smoke", "small", "full")
 # Where the figures of one benchmark go when several run one after the other.
@@ -107,9 +109,9 @@ def timed(do: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def in_turn(sides: Mapping[str, Callable[[], float]], *, rounds: int, warm: int = 0) -> dict[str, list[float]]:
+def in_turn(sides: Mapping[str, Callable[[], Told]], *, rounds: int, warm: int = 0) -> dict[str, list[Told]]:
     """What each side says of itself (a rate, or seconds), measured in turn, round after round."""
-    kept: dict[str, list[float]] = {name: [] for name in sides}
+    kept: dict[str, list[Told]] = {name: [] for name in sides}
     for turn in range(warm + rounds):
         for name, measure in sides.items():
             value = measure()
