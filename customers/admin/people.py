@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from django.contrib import admin
@@ -19,6 +20,15 @@ from customers.models import Organization
 admin.site.unregister(User)
 admin.site.unregister(Group)
 admin.site.site_header = admin.site.site_title = "Customer Hub"
+
+
+def within_own_rights(request: HttpRequest, permissions: Iterable[Permission]) -> bool:
+    """Whether the person behind the request has each of these rights."""
+    user = request.user
+    if getattr(user, "is_superuser", False):
+        return True
+    own = user.get_all_permissions()
+    return all(f"{one.content_type.app_label}.{one.codename}" in own for one in permissions)
 
 
 class Ticked(BaseModelAdmin):  # type: ignore[type-arg] # none at run time
@@ -88,25 +98,19 @@ class UserAdmin(Ticked, DjangoUserAdmin, theme.ModelAdmin):  # type: ignore[type
 
     def _within_own_rights(self, request: HttpRequest, obj: User | None) -> bool:
         """Whether these people have no right that this person lacks, were they in use."""
-        if obj is None or getattr(request.user, "is_superuser", False):
-            return True
         # Django answers that whoever is out of use has no rights: with a new password they would be back.
-        held = Permission.objects.filter(Q(user=obj.pk) | Q(group__user=obj.pk)).select_related("content_type")
-        return {f"{p.content_type.app_label}.{p.codename}" for p in held} <= request.user.get_all_permissions()
+        return obj is None or within_own_rights(
+            request, Permission.objects.filter(Q(user=obj) | Q(group__user=obj)).select_related("content_type")
+        )
 
     def get_readonly_fields(self, request: HttpRequest, obj: User | None = None) -> list[Any]:
         return [] if getattr(request.user, "is_superuser", False) else ["is_superuser", "user_permissions"]
 
     def formfield_for_manytomany(self, db_field: Any, request: Any = None, **kwargs: Any) -> Any:
         if db_field.name == "groups" and not getattr(request.user, "is_superuser", False):
-            own = request.user.get_all_permissions()
             groups = Group.objects.prefetch_related("permissions__content_type")
             kwargs["queryset"] = Group.objects.filter(
-                pk__in=[
-                    group.pk
-                    for group in groups
-                    if {f"{p.content_type.app_label}.{p.codename}" for p in group.permissions.all()} <= own
-                ]
+                pk__in=[group.pk for group in groups if within_own_rights(request, group.permissions.all())]
             )
         return super().formfield_for_manytomany(db_field, request, **kwargs)
 
@@ -120,4 +124,19 @@ class UserAdmin(Ticked, DjangoUserAdmin, theme.ModelAdmin):  # type: ignore[type
 
 @admin.register(Group)
 class GroupAdmin(Ticked, DjangoGroupAdmin, theme.ModelAdmin):
-    pass
+    """Groups. Who is no superuser gives no group a right that they lack, and leaves groups alone that have one."""
+
+    def has_change_permission(self, request: HttpRequest, obj: Group | None = None) -> bool:
+        return bool(super().has_change_permission(request, obj)) and self._within_own_rights(request, obj)
+
+    def has_delete_permission(self, request: HttpRequest, obj: Group | None = None) -> bool:
+        return bool(super().has_delete_permission(request, obj)) and self._within_own_rights(request, obj)
+
+    def _within_own_rights(self, request: HttpRequest, obj: Group | None) -> bool:
+        return obj is None or within_own_rights(request, obj.permissions.select_related("content_type"))
+
+    def formfield_for_manytomany(self, db_field: Any, request: Any = None, **kwargs: Any) -> Any:
+        if db_field.name == "permissions" and not getattr(request.user, "is_superuser", False):
+            every = Permission.objects.select_related("content_type")
+            kwargs["queryset"] = every.filter(pk__in=[one.pk for one in every if within_own_rights(request, [one])])
+        return super().formfield_for_manytomany(db_field, request, **kwargs)

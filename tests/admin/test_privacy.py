@@ -328,6 +328,33 @@ def test_who_is_out_of_use_keeps_the_rights_that_nobody_weaker_may_take_over(org
         assert User.objects.filter(pk=user.pk).exists() != changed
 
 
+def test_groups_are_given_no_right_that_the_person_lacks(organization: Organization) -> None:
+    held = ("auth.view_group", "auth.add_group", "auth.change_group", "auth.delete_group", "customers.view_customer")
+    client = staff(organization, *held)
+    own = Group.objects.create(name="Own")
+    User.objects.get(username="clerk").groups.add(own)
+    stronger = Group.objects.create(name="Stronger")
+    look, erase = (Permission.objects.get(codename=name) for name in ("view_customer", "delete_customer"))
+    stronger.permissions.add(erase)
+
+    def page(group: Group) -> str:
+        return reverse("admin:auth_group_change", args=[group.pk])
+
+    refused = client.post(page(own), {"name": "Own", "permissions": [look.pk, erase.pk]})
+    assert "permissions" in refused.context["adminform"].form.errors
+    refused = client.post("/admin/auth/group/add/", {"name": "New", "permissions": [erase.pk]})
+    assert "permissions" in refused.context["adminform"].form.errors
+    assert client.post(page(own), {"name": "Own", "permissions": [look.pk]}).status_code == 302
+    assert list(own.permissions.all()) == [look]
+    assert b'name="_save"' not in client.get(page(stronger)).content
+    assert client.post(page(stronger), {"name": "Weak"}).status_code == 403
+    assert client.post(reverse("admin:auth_group_delete", args=[stronger.pk]), {"post": "yes"}).status_code == 403
+    many = {"action": "delete_selected", "_selected_action": [own.pk, stronger.pk], "post": "yes"}
+    client.post("/admin/auth/group/", many)
+    assert set(Group.objects.filter(name__in=["Own", "Stronger"])) == {own, stronger}
+    assert list(stronger.permissions.all()) == [erase]
+
+
 def test_reveals_and_changes_stay_apart(organization: Organization, jane: Customer) -> None:
     staff(organization, *LOOK, REVEAL).post(address(jane, "reveal"))
     assert CustomerChange.objects.filter(customer=jane).count() == 2
