@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from hashlib import sha256
 from typing import Any
 from uuid import UUID
 
@@ -37,6 +38,8 @@ MAX_CHOSEN = 10_000
 # With more systems than this, fewer customers are looked at for each.
 MANY_SYSTEMS, FEWER = 5, 200
 EXAMPLE_FIELDS = 6
+# Of no more than this, a change since the page was shown is told before anything is done.
+SEEN_CLOSELY = 50
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +92,6 @@ class BulkActions(CustomerAdmin):
         chosen = self._chosen(request, queryset.filter(archived_at=None, merged_into=None))
         if chosen is None:
             return None
-        total = sum(map(len, chosen.values()))
         connections = list(
             Connection.objects.filter(organization__in=chosen, direction__in=Connection.PUSHING).select_related(
                 "organization"
@@ -99,13 +101,13 @@ class BulkActions(CustomerAdmin):
             text = "Nothing to send: the customers are archived, or the hub sends to no system of theirs."
             self.message_user(request, text, messages.WARNING)
             return None
-        if request.POST.get("confirmed") and not self._moved(request, total):
+        if request.POST.get("confirmed") and not self._moved(request, chosen):
             wanted = [c for c in connections if str(c.pk) in request.POST.getlist("connections")]
             return self._request(request, wanted, chosen)
         limit = LOOKED_AT if len(connections) <= MANY_SYSTEMS else FEWER
         targets = [self._target(request, connection, chosen, limit) for connection in connections]
         return self._bulk_page(
-            request, "connectors/push_selected.html", "push_selected", queryset, total,
+            request, "connectors/push_selected.html", "push_selected", queryset, chosen,
             title="Push to connected systems", targets=targets,
         )  # fmt: skip
 
@@ -184,7 +186,7 @@ class BulkActions(CustomerAdmin):
             return TemplateResponse(request, "connectors/check.html", context)
         rows = [(c, connection_badge(c, now=timezone.now()), len(chosen[c.organization_id])) for c in connections]
         return self._bulk_page(
-            request, "connectors/check_selected.html", "check_selected", queryset, sum(map(len, chosen.values())),
+            request, "connectors/check_selected.html", "check_selected", queryset, chosen,
             title="Check against a system", rows=rows, most=checking.CHECKED,
         )  # fmt: skip
 
@@ -204,11 +206,10 @@ class BulkActions(CustomerAdmin):
         chosen = self._chosen(request, customers.filter(merged_into=None))
         if chosen is None:
             return None
-        total = sum(map(len, chosen.values()))
-        if not total:
+        if not chosen:
             self.message_user(request, f"None of these customers is to be {deed}d.", messages.WARNING)
             return None
-        if request.POST.get("confirmed") and not self._moved(request, total):
+        if request.POST.get("confirmed") and not self._moved(request, chosen):
             return self._move_now(request, deed, chosen)
         deletes = Connection.objects.filter(
             organization__in=chosen,
@@ -216,7 +217,7 @@ class BulkActions(CustomerAdmin):
             archive_policy=Connection.ArchivePolicy.DELETE,
         )
         return self._bulk_page(
-            request, "connectors/move_selected.html", f"{deed}_selected", queryset, total,
+            request, "connectors/move_selected.html", f"{deed}_selected", queryset, chosen,
             title=f"{deed.capitalize()} customers", deed=deed, deletes=list(deletes),
             examples=list(customers.filter(merged_into=None).order_by("name_key")[:5]),
         )  # fmt: skip
@@ -258,23 +259,33 @@ class BulkActions(CustomerAdmin):
         self.message_user(request, text, messages.ERROR)
         return None
 
-    def _moved(self, request: HttpRequest, total: int) -> bool:
-        """Whether other customers than those that the page showed would be meant now; then the page is shown again."""
-        seen = request.POST.get("seen_total", str(total))
-        if seen == str(total):
+    def _moved(self, request: HttpRequest, chosen: dict[int, list[UUID]]) -> bool:
+        """Whether others than the page showed would be meant now, or few that have changed; then it is shown again."""
+        mark = _mark_of(chosen)
+        if request.POST.get("seen", mark) == mark:
             return False
-        text = f"There are {total} customers now, the page showed {seen}. Nothing was done: look again."
+        text = (
+            "Not the customers that the page showed are meant now, or they have changed. Nothing was done: look again."
+        )
         self.message_user(request, text, messages.WARNING)
         return True
 
     def _bulk_page(
-        self, request: HttpRequest, template: str, action: str, queryset: QuerySet[Customer], total: int, **more: Any
+        self,
+        request: HttpRequest,
+        template: str,
+        action: str,
+        queryset: QuerySet[Customer],
+        chosen: dict[int, list[UUID]],
+        **more: Any,
     ) -> HttpResponse:
+        total = sum(map(len, chosen.values()))
         context = {
             **self.admin_site.each_context(request),
             "opts": self.opts,
             "action": action,
             "total": total,
+            "seen": _mark_of(chosen),
             "left_out": max(queryset.count() - total, 0),
             "selected": request.POST.getlist(ACTION_CHECKBOX_NAME),
             "select_across": request.POST.get("select_across", "0"),
@@ -290,6 +301,15 @@ class BulkActions(CustomerAdmin):
         if len(made) == 1:
             return HttpResponseRedirect(reverse("admin:connectors_syncrun_change", args=[made[0].pk]))
         return HttpResponseRedirect(reverse("admin:connectors_syncrun_changelist"))
+
+
+def _mark_of(chosen: dict[int, list[UUID]]) -> str:
+    """Stands for these customers; of few, for what is in them too. Of many, some change all the time."""
+    ids = sorted(pk for of_one in chosen.values() for pk in of_one)
+    named: Iterable[object] = ids
+    if len(ids) <= SEEN_CLOSELY:
+        named = Customer.objects.filter(pk__in=ids).order_by("pk").values_list("pk", "version")
+    return sha256(" ".join(map(str, named)).encode()).hexdigest()
 
 
 def message_of(request: HttpRequest) -> str:

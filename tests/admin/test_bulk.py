@@ -67,7 +67,7 @@ def test_confirming_makes_a_run_with_the_message_and_sends_nothing_itself(
 ) -> None:
     customers = [new_customer(organization, email=f"{n}@example.com") for n in range(3)]
     client = staff(organization, *RIGHTS)
-    more = {"confirmed": "yes", "connections": [books.pk], "message": "for the fair", "seen_total": "3"}
+    more = {"confirmed": "yes", "connections": [books.pk], "message": "for the fair"}
     answer = choose(client, "push_selected", customers, **more)
     run = SyncRun.objects.get()
     assert answer["Location"] == change(run)
@@ -87,7 +87,7 @@ def test_all_that_match_are_pushed_beyond_the_page(
     client = staff(organization, *RIGHTS)
     page = choose(client, "push_selected", customers[:50], "?q=acme", select_across="1")
     assert page.context["total"] == 120
-    more = {"select_across": "1", "confirmed": "yes", "connections": [books.pk], "seen_total": "120"}
+    more = {"select_across": "1", "confirmed": "yes", "connections": [books.pk]}
     choose(client, "push_selected", customers[:50], "?q=acme", **more)
     assert SyncRun.objects.get().planned == 120
 
@@ -98,12 +98,35 @@ def test_when_others_are_meant_now_the_page_is_shown_again(
     far: Far,
 ) -> None:
     client = staff(organization, *RIGHTS)
-    customer = new_customer(organization)
-    more = {"confirmed": "yes", "connections": [books.pk], "seen_total": "2"}
-    page = choose(client, "push_selected", [customer], **more)
+    shown, other = new_customer(organization), new_customer(organization, email="other@example.com")
+    seen = choose(client, "push_selected", [shown]).context["seen"]
+    more = {"confirmed": "yes", "connections": [books.pk], "seen": seen}
+    page = choose(client, "push_selected", [other], **more)
     assert page.status_code == 200
-    assert "There are 1 customers now, the page showed 2" in page.content.decode()
+    assert "Not the customers that the page showed are meant now" in page.content.decode()
     assert not SyncRun.objects.exists()
+    choose(client, "push_selected", [shown], **more)
+    assert SyncRun.objects.get().planned == 1
+
+
+def test_of_few_a_change_since_the_page_was_shown_shows_it_again(
+    books: Connection, organization: Organization, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = staff(organization, *RIGHTS)
+    customer = new_customer(organization)
+    for deed in ("push_selected", "archive_selected"):
+        seen = choose(client, deed, [customer]).context["seen"]
+        values = {customer.pk: {"name": f"Before {deed}"}}
+        editing.update(organization=organization, values=values, actor=COMMAND)
+        more = {"confirmed": "yes", "connections": [books.pk], "seen": seen}
+        page = choose(client, deed, [customer], **more)
+        assert "or they have changed" in page.content.decode()
+        assert not SyncRun.objects.exists()
+    monkeypatch.setattr("connectors.admin.bulk.SEEN_CLOSELY", 0)
+    seen = choose(client, "push_selected", [customer]).context["seen"]
+    editing.update(organization=organization, values={customer.pk: {"name": "Last"}}, actor=COMMAND)
+    choose(client, "push_selected", [customer], confirmed="yes", connections=[books.pk], seen=seen)
+    assert SyncRun.objects.get().planned == 1
 
 
 def test_too_many_are_for_the_command(
@@ -145,7 +168,7 @@ def test_archiving_and_restoring_ask_first_and_leave_a_run(organization: Organiz
     assert page.context["total"] == 2
     assert "Nothing is done before you confirm" in page.content.decode()
     before = Customer.objects.filter(archived_at=None).count()
-    more = {"confirmed": "yes", "seen_total": "2", "message": "tidying up"}
+    more = {"confirmed": "yes", "message": "tidying up"}
     answer = choose(client, f"{deed}_selected", customers, **more)
     run = SyncRun.objects.get()
     assert answer["Location"] == change(run)
