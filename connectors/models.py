@@ -626,7 +626,8 @@ class CustomerLink(models.Model):
         """What is going on, in words for staff; with `key`, what there is to say of that status."""
         shown = "%Y-%m-%d %H:%M:%S UTC"
         status = STATUSES[key] if key else self.status(now=now)
-        whole = status.key in ("paused", "reconnect")  # why none of the connection's links moves
+        # Why none of the connection's links moves, unless it is this one alone that is paused.
+        whole = status.key in ("paused", "reconnect") and self.connection.state != Connection.State.ACTIVE
         reason = self.connection.state_reason if whole else self.error
         return status.sentence.format(
             system=self.connection.name,

@@ -1,23 +1,28 @@
-"""What one system knows of one customer, as it came and as it was sent. Read-only."""
+"""What one system knows of one customer, as it came and as it was sent. Read-only but for pausing it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from django.contrib import admin
+from django.contrib import admin, messages
+from django.core.exceptions import PermissionDenied
 from django.db.models import Q, QuerySet
 from django.http import HttpRequest, HttpResponse
+from django.urls import URLPattern
 from django.utils import timezone
 
 from connectors.admin.badges import link_badge
 from connectors.admin.filters import ConnectionFilter, chosen_connections, in_status, own_connections
 from connectors.admin.needs import kind_of
 from connectors.admin.resolving import ResolvePages
-from connectors.models import CustomerLink
-from connectors.states import STATUSES
+from connectors.models import CustomerLink, SyncRun
+from connectors.states import STATUSES, LinkState
+from connectors.sync.resolve import WrongState, pausable, pause, resume
 from customers import jsontext
 from customers.admin.own import MOMENT, link_to
-from customers.admin.person import organizations
+from customers.admin.person import actor_of, organizations
+from customers.editing import Actor
 from customers.ids import parse_public_id
 from customers.models import Customer
 from customers.normalize import email_key, name_key
@@ -105,6 +110,40 @@ class CustomerLinkAdmin(ResolvePages):
             return list(self.list_display)
         return ["error_masked" if name == "error" else name for name in self.list_display]
 
+    # Pausing
+
+    def get_urls(self) -> list[URLPattern]:
+        return [self.posted("pause", self.pause_view), self.posted("resume", self.resume_view), *super().get_urls()]
+
+    def pause_view(self, request: HttpRequest, object_id: str) -> HttpResponse:
+        link = self._to_decide(request, object_id)
+        reason = " ".join(request.POST.get("reason", "").replace("\x00", "").split())
+        if not reason:
+            self.message_user(request, "Say why: the reason is shown to everybody who waits.", messages.ERROR)
+            return self.back(link)
+        return self._decided(request, link, "is paused", lambda actor: pause(link=link, actor=actor, reason=reason))
+
+    def resume_view(self, request: HttpRequest, object_id: str) -> HttpResponse:
+        link = self._to_decide(request, object_id)
+        return self._decided(request, link, "is in use again", lambda actor: resume(link=link, actor=actor))
+
+    def _to_decide(self, request: HttpRequest, object_id: str) -> CustomerLink:
+        if not self.has_push_permission(request) or not self.has_view_permission(request):
+            raise PermissionDenied
+        link: CustomerLink = self.get_object(request, object_id)
+        return link
+
+    def _decided(
+        self, request: HttpRequest, link: CustomerLink, told: str, decide: Callable[[Actor], SyncRun]
+    ) -> HttpResponse:
+        try:
+            decide(actor_of(request))
+        except WrongState as error:
+            self.message_user(request, f"{error} Nothing was changed.", messages.WARNING)
+        else:
+            self.message_user(request, f"{link.customer} in {link.connection} {told}.", messages.SUCCESS)
+        return self.back(link)
+
     def render_change_form(
         self,
         request: HttpRequest,
@@ -123,6 +162,8 @@ class CustomerLinkAdmin(ResolvePages):
             context |= {
                 "title": f"{obj.customer.name} in {obj.connection}",
                 "badge": link_badge(obj.status_key(now=now)),
+                "can_resume": self.has_push_permission(request) and obj.state == LinkState.PAUSED,
+                "can_pause": self.has_push_permission(request) and obj.connection.pushes and pausable(obj),
                 "sentence": obj.sentence(now=now),
                 "waits_for_somebody": kind_of(obj) and not obj.connection.calls_us,
                 "customer_link": link_to("admin:customers_customer_change", obj.customer_id, text=obj.customer.name),

@@ -510,6 +510,40 @@ def release(
     return start_over(ask)
 
 
+# Sending, stopped and begun again
+
+
+def pausable(link: CustomerLink) -> bool:
+    """Whether the link is sent by itself, as opposed to one that waits for a person."""
+    return not link.is_duplicate and link.deleted_at is None and link.state in (LinkState.OPEN, LinkState.RETRYING)
+
+
+@transaction.atomic
+def pause(*, link: CustomerLink, actor: Actor, reason: str, at: datetime | None = None) -> SyncRun:
+    """Send nothing of this link until somebody resumes it. Raises WrongState where it waits for a person already."""
+    at = at or database_clock()
+    link = _locked(link, at)
+    if not pausable(link):
+        raise WrongState(f"{link.customer} in {link.connection} is paused, or waits for a decision: settle that first.")
+    runs.release(links=CustomerLink.objects.filter(pk=link.pk), at=at)
+    link.run, link.next_attempt_at = None, None
+    link.state, link.error, link.error_field = LinkState.PAUSED, f"{reason} ({actor.name})"[:500], ""
+    return _decided(link, "pause", actor, SKIPPED, at)
+
+
+@transaction.atomic
+def resume(*, link: CustomerLink, actor: Actor, at: datetime | None = None) -> SyncRun:
+    """End a pause: what has changed meanwhile goes out. Raises WrongState where the link is not paused."""
+    at = at or database_clock()
+    link = _locked(link, at)
+    if link.state != LinkState.PAUSED:
+        raise WrongState(f"{link.customer} in {link.connection} is not paused.")
+    for name, value in AS_NEW.items():
+        setattr(link, name, value)
+    link.error, link.next_attempt_at = "", at if link.is_dirty and link.connection.pushes else None
+    return _decided(link, "resume", actor, SKIPPED, at)
+
+
 # What they share
 
 

@@ -154,6 +154,10 @@ PAGES: dict[str, Page] = {
     ),
     # Links, and what needs somebody
     **_model("connectors", "customerlink"),
+    "connectors_customerlink_pause": Page(
+        post=f"{PUSH} & {SEE_LINKS}", of="customerlink", data={"reason": "Stocktaking"}
+    ),
+    "connectors_customerlink_resume": Page(post=f"{PUSH} & {SEE_LINKS}", of="paused_link"),
     "connectors_customerlink_needs_you": Page(
         get=f"{SEE_LINKS} | connectors.change_connection | connectors.change_issue", look=True
     ),

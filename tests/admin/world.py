@@ -165,6 +165,7 @@ def make(organization: Organization, *, url: str = "") -> World:
         "unused_connection": connections["unused"],
         "new_connection": connections["unused"],
         "uncertain_link": links["uncertain"],
+        "paused_link": links["paused"],
         "running_run": runs["running"],
         "apikey": key,
         "reveal": reveal,
