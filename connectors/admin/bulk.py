@@ -182,6 +182,7 @@ class BulkActions(CustomerAdmin):
                 "rows": checking.rows(result.found, clear=sees(request.user)),
                 "refusals": checking.refusals(result.found, clear=sees(request.user)),
                 "can_view_customers": True,
+                **self._push_instead(request, connection),
             }
             return TemplateResponse(request, "connectors/check.html", context)
         rows = [(c, connection_badge(c, now=timezone.now()), len(chosen[c.organization_id])) for c in connections]
@@ -189,6 +190,17 @@ class BulkActions(CustomerAdmin):
             request, "connectors/check_selected.html", "check_selected", queryset, chosen,
             title="Check against a system", rows=rows, most=checking.CHECKED,
         )  # fmt: skip
+
+    def _push_instead(self, request: HttpRequest, connection: Connection) -> dict[str, Any]:
+        """The button that turns a check into a push of the same customers, by the page that asks first."""
+        if not connection.pushes or not self.has_push_permission(request):
+            return {}
+        chosen = [(ACTION_CHECKBOX_NAME, pk) for pk in request.POST.getlist(ACTION_CHECKBOX_NAME)]
+        across = ("select_across", request.POST.get("select_across", "0"))
+        return {
+            "push_address": request.get_full_path(),
+            "push_fields": [("action", "push_selected"), ("index", "0"), across, *chosen],
+        }
 
     # Archiving
 

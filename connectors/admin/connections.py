@@ -428,6 +428,9 @@ class ConnectionAdmin(FirstSteps, OwnAdmin):
             "rows": checking.rows(result.found, clear=sees(request.user)),
             "refusals": checking.refusals(result.found, clear=sees(request.user)),
             "can_view_customers": request.user.has_perm("customers.view_customer"),
+            "push_address": reverse("admin:connectors_connection_push", args=[connection.pk])
+            if connection.pushes and self.has_push_permission(request)
+            else "",
         }
         return TemplateResponse(request, "connectors/check.html", context)
 

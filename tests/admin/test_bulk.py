@@ -197,6 +197,13 @@ def test_a_check_reads_and_shows_but_sends_and_stores_nothing(
     assert "Changed there" in text
     assert "old@acme.com" in text
     assert "Would be created" in text
+    assert "Push these customers…" in text
+    fields = page.context["push_fields"]
+    again = client.post(
+        page.context["push_address"], {name: [v for key, v in fields if key == name] for name, _ in fields}
+    )
+    assert again.context["total"] == 2
+    assert "Nothing is sent before you confirm" in again.content.decode()
     assert far.system.writes == []
     assert not SyncRun.objects.exists()
     assert CustomerLink.objects.count() == 1
