@@ -57,6 +57,15 @@ MAY_NEED_SOMEBODY = (
     | Q(is_duplicate=True)
 )
 
+# Links in one of `states.PARKED`, as `link_parked` has it, and as a query must say it for the same reason.
+IS_PARKED = Q(
+    Func(
+        F("state"),
+        template=f"(%(expressions)s IN ({', '.join(map(repr, map(str, PARKED)))}))",
+        output_field=models.BooleanField(),
+    )
+)
+
 
 class Connection(models.Model):
     """One account at one system."""

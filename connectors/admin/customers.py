@@ -300,7 +300,6 @@ class LinkedCustomerAdmin(BulkActions, Tables, LinkAdmin):
     def get_changelist_instance(self, request: HttpRequest) -> Any:
         """The page's links come in one query, whatever the number of rows."""
         changes = super().get_changelist_instance(request)
-        changes.result_list = list(changes.result_list)
         prefetch_related_objects(changes.result_list, Prefetch("links", queryset=CustomerLink.objects.only(*TOLD)))
         connections = {one.pk: one for one in own_connections(request)}
         for customer in changes.result_list:

@@ -14,7 +14,7 @@ from django.http import HttpRequest
 from django.utils import timezone
 
 from connectors.admin.reasons import causes
-from connectors.models import Conflict, Connection, CustomerLink
+from connectors.models import IS_PARKED, Conflict, Connection, CustomerLink
 from connectors.states import STATUSES, LinkState
 from customers.admin.filters import narrowed, newest, offered
 from customers.admin.paging import COUNTED, MoreThan
@@ -65,14 +65,14 @@ def in_status(key: str, connections: Collection[Connection], *, now: datetime) -
     if key == "remote_deleted":
         # The connections in each part: SQLite finds neither by its index else.
         buried = Q(connection__in=[connection.pk for connection in connections], deleted_at__isnull=False)
-        return links.filter(buried | Q(connection__in=active, state=LinkState.REMOTE_DELETED))
+        return links.filter(buried | Q(IS_PARKED, connection__in=active, state=LinkState.REMOTE_DELETED))
     links = links.filter(deleted_at=None)
     if key in ("calls_us", "reconnect"):
         return links.filter(connection__in=calls_us if key == "calls_us" else reauth)
     if key == "paused":
-        return links.filter(Q(connection__in=paused) | Q(connection__in=active, state=LinkState.PAUSED))
+        return links.filter(Q(connection__in=paused) | Q(IS_PARKED, connection__in=active, state=LinkState.PAUSED))
     if key in ("checking", "uncertain"):
-        held = links.filter(connection__in=active, state=LinkState.UNCERTAIN)
+        held = links.filter(IS_PARKED, connection__in=active, state=LinkState.UNCERTAIN)
         return held.filter(next_attempt_at__isnull=key == "uncertain")
     if key == "rejected":
         return links.filter(connection__in=active, state=LinkState.REJECTED)
@@ -80,7 +80,7 @@ def in_status(key: str, connections: Collection[Connection], *, now: datetime) -
     if key == "conflict":
         # Read first: beside a subquery, OR would keep the databases from using an index for either part.
         ids = list(_clashing(moving, connection__in=active).order_by("-pk").values_list("pk", flat=True)[: COUNTED + 1])
-        return links.filter(Q(connection__in=active, state=LinkState.CONFLICT) | Q(pk__in=ids))
+        return links.filter(Q(IS_PARKED, connection__in=active, state=LinkState.CONFLICT) | Q(pk__in=ids))
     if key == "in_sync":
         return moving.filter(_IN_SYNC)
     # A link that waits to be sent, or is being sent, is due at some time: that is what its index holds.
@@ -148,9 +148,9 @@ def counts_by_status(connections: Collection[Connection], *, now: datetime) -> d
         "every": every,
         "duplicate": own.filter(is_duplicate=True),
         "buried": own.filter(is_duplicate=False, deleted_at__isnull=False),
-        "gone": alive.filter(state=LinkState.REMOTE_DELETED),
-        "paused": alive.filter(state=LinkState.PAUSED),
-        "asked": alive.filter(state=LinkState.CONFLICT),
+        "gone": alive.filter(IS_PARKED, state=LinkState.REMOTE_DELETED),
+        "paused": alive.filter(IS_PARKED, state=LinkState.PAUSED),
+        "asked": alive.filter(IS_PARKED, state=LinkState.CONFLICT),
         "clashing": _clashing(moving, connection=OuterRef(OuterRef("pk"))),
     }
     numbers: dict[str, Subquery] = {key: Counted(rows.values("pk")[: COUNTED + 1]) for key, rows in parts.items()}

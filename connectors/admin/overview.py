@@ -28,6 +28,8 @@ from customers.models import Customer
 from customers.privacy import HIDDEN, PERSONAL, masked
 
 REASONS = 10
+# Among so many customers an example is looked for.
+RECENT = 50
 MOMENT = "%Y-%m-%d %H:%M:%S UTC"
 QUEUE = ("waiting", "sending", "retrying", "checking", *KINDS, "in_sync")
 
@@ -343,4 +345,6 @@ def example_of(connection: Connection, chosen: str) -> Customer | None:
     wanted = parse_public_id("cust", chosen.strip()) if chosen else None
     if chosen:
         return rows.filter(pk=wanted).first() if wanted else None
-    return rows.filter(archived_at=None).order_by("-updated_at", "-id").first()
+    # Of those that changed last: asked for one in use, SQLite would sort all that are.
+    recent = Customer.objects.filter(organization=connection.organization_id).order_by("-updated_at", "-id")[:RECENT]
+    return next((one for one in recent if not one.archived_at and not one.merged_into_id), None)
