@@ -112,6 +112,10 @@ class Counted(Subquery):
     empty_result_set_value = 0
 
 
+# More than there are rows in any `Summed`.
+_MANY = 1_000_000
+
+
 class Summed(Subquery):
     """The sum of the column `one` over the rows that a query gives up to its limit."""
 
@@ -145,7 +149,6 @@ def counts_by_status(connections: Collection[Connection], *, now: datetime) -> d
         for key in ("waiting", "sending", "rate_limited", "retrying", "rejected", "checking", "uncertain")
     }
     parts |= {
-        "every": every,
         "duplicate": own.filter(is_duplicate=True),
         "buried": own.filter(is_duplicate=False, deleted_at__isnull=False),
         "gone": alive.filter(IS_PARKED, state=LinkState.REMOTE_DELETED),
@@ -154,7 +157,9 @@ def counts_by_status(connections: Collection[Connection], *, now: datetime) -> d
         "clashing": _clashing(moving, connection=OuterRef(OuterRef("pk"))),
     }
     numbers: dict[str, Subquery] = {key: Counted(rows.values("pk")[: COUNTED + 1]) for key, rows in parts.items()}
-    numbers["in_sync"] = Summed(every.annotate(one=Case(When(in_sync, then=1), default=0)).values("one")[: COUNTED + 1])
+    # Those that are in sync and all of them in one number: either count reads the same links.
+    weight = Case(When(in_sync, then=_MANY + 1), default=1)
+    numbers["every"] = Summed(every.annotate(one=weight).values("one")[: COUNTED + 1])
     by_pk = {one.pk: one for one in connections}
     found: dict[int, dict[str, int]] = {}
     counted = (
@@ -164,7 +169,7 @@ def counts_by_status(connections: Collection[Connection], *, now: datetime) -> d
     )
     for row in counted.values("pk", *(f"n_{key}" for key in numbers)):
         counts = {key: row[f"n_{key}"] for key in numbers}
-        known, in_sync_of_them = counts.pop("every"), counts.pop("in_sync")
+        in_sync_of_them, known = divmod(counts.pop("every"), _MANY)
         gone, asked = counts.pop("gone"), counts.pop("asked")
         counts["remote_deleted"] = counts.pop("buried")
         clashing = counts.pop("clashing")
