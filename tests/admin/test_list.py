@@ -10,6 +10,7 @@ from django.db import connection as database
 from django.test import Client
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
+from unfold.templatetags import unfold_list
 
 from connectors.admin import filters
 from connectors.admin.filters import counts_by_status, in_status
@@ -245,3 +246,18 @@ def test_only_what_an_index_keeps_in_order_is_sorted_by(organization: Organizati
         )
         assert "email" not in ordered
         assert '"version"' not in ordered
+
+
+@pytest.mark.parametrize("query", [{}, {"o": "1"}, {"_popup": "1"}])
+def test_rows_are_written_as_the_theme_writes_them(
+    organization: Organization, connect: Callable[..., Connection], admin_client: Client, query: dict[str, str]
+) -> None:
+    shop = connect("links", name="Shop", direction="push")
+    for name in ("Acme <b>", "Beta & Co"):
+        link(new(organization, name=name, email=f"{name[:4]}@example.com"), shop, remote_id=name)
+    pages = ("customers/customer", "customers/customerchange", "connectors/customerlink", "connectors/connection")
+    for page in pages:
+        changes = admin_client.get(f"/admin/{page}/", query).context["cl"]
+        theirs = ["".join(cells) for cells in unfold_list.results(changes)]
+        assert theirs
+        assert list(changes.rows()) == theirs
