@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterable
 from contextlib import suppress
 from contextvars import ContextVar
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import httpcore2
@@ -43,6 +44,7 @@ def check_url(url: str) -> None:
     _check_target(parsed.scheme, port, addresses)
 
 
+@lru_cache(maxsize=1024)
 def parse_url(text: str) -> httpx2.URL:
     """The URL as the client itself reads it: a second parser could see another host."""
     try:

@@ -48,6 +48,8 @@ TEXT_LENGTH = 2000
 MESSAGE_LENGTH = 300
 
 _BAD_HEADER = "A header, perhaps the key, has characters that cannot be sent."
+# Bytes of JSON without these, and with few brackets, hold no control character and no depth: most are such.
+_SUSPECT = re.compile(rb"[\x00-\x08\x0b-\x1f\x7f\\]|\xc2[\x80-\x9f]")
 # Line breaks and tabs stay in data (addresses have them), not in one-line messages.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _OF_THE_CLIENT = ("host", "connection", "content-length", "accept-encoding", "user-agent")
@@ -360,10 +362,12 @@ def _parse_body(raw: bytes, status: int) -> Any:
     """The JSON of a success; nothing at all is None. _BodyError if it is not plain JSON."""
     if not raw.strip():
         return None
-    if raw.count(b",") + raw.count(b"[") + raw.count(b"{") > MAX_ITEMS:
+    brackets = raw.count(b"[") + raw.count(b"{")
+    if raw.count(b",") + brackets > MAX_ITEMS:
         raise _BodyError("the answer has too many values.", status)
     try:
-        return _clean(orjson.loads(raw), MAX_DEPTH)
+        body = orjson.loads(raw)
+        return body if brackets <= MAX_DEPTH and not _SUSPECT.search(raw) else _clean(body, MAX_DEPTH)
     except orjson.JSONDecodeError as error:
         raise _BodyError("the answer is not JSON.", status) from error
     except RecursionError as error:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 
 from django.db import connection as database
-from django.db import transaction
+from django.db import models, transaction
 from django.db.models import Case, F, Q, QuerySet, Value, When
 from django.db.models.functions import Length
 
@@ -24,6 +24,7 @@ from connectors.models import Connection, CustomerLink, Issue
 from connectors.states import LinkState
 from connectors.sync import issues
 from connectors.sync.steps import our_fault
+from customers.prepared import Param, Prepared
 
 # Waiting times in seconds. A provider that says "0" would be asked again in a tight loop.
 SHORTEST_WAIT, LONGEST_WAIT = 1.0, 24 * 3600.0
@@ -53,6 +54,10 @@ _HEARD = ("breaker_calls", "breaker_until", "breaker_trips", "ramp", "last_succe
 _BUCKET = ("rate", "burst", "ramp", "bucket_calls", "bucket_at", "day_limit", "day_calls", "day")
 
 
+_ADMITS = (*_FRESH, "last_success_at")
+_ROW = Prepared(lambda: Connection.objects.filter(pk=Param("pk", models.BigAutoField())).values_list(*_ADMITS))
+
+
 def admit(*, connection: Connection, now: datetime) -> int | None:
     """How many links may be claimed now, by the connection's row as it is; None: as many as one likes.
 
@@ -61,7 +66,8 @@ def admit(*, connection: Connection, now: datetime) -> int | None:
     caller gets the canary after a reconnect.
     """
     known = connection.breaker_calls
-    connection.refresh_from_db(fields=[*_FRESH, "last_success_at"])
+    for name, value in zip(_ADMITS, _ROW(pk=connection.pk)[0], strict=True):
+        setattr(connection, name, value)
     connection.breaker_calls = _longer(connection.breaker_calls, known)
     if connection.state != Connection.State.ACTIVE:
         return 0

@@ -18,7 +18,7 @@ from uuid import UUID
 
 from django.conf import settings
 from django.db import connection as database
-from django.db import transaction
+from django.db import models, transaction
 
 from connectors.exceptions import (
     ConnectionUnusable,
@@ -38,11 +38,14 @@ from connectors.sync.plan import plan, repeatable
 from connectors.sync.settle import CRASHES, INTENT_COLUMNS, insert_intents, settle, unanswered
 from connectors.sync.steps import REFUSED, UNCERTAIN, Found, NotSent, Sending, Settled, Slice, Step, our_fault
 from customers import bulk
+from customers.prepared import Among, Param, Prepared
 
 logger = logging.getLogger(__name__)
 
 Clock = Callable[[], datetime]
 CLAIM_ROWS = 50
+# Answers that come within this time are kept together: what it costs to keep some is mostly the cost of keeping one.
+TOGETHER = 0.1
 # Whoever has waited for an answer this long lets others have the database connection.
 LONG = 0.1
 # How often to look at leases, and whether the work is to stop, while no answer comes.
@@ -129,11 +132,20 @@ def prepare(
     bulk.update(links, ("lease_token", "lease_until", "crashes", "hold_until"))
     bulk.update(list(earlier.values()), INTENT_COLUMNS)
     insert_intents(sendings)
-    if run_ids := {link.run_id for link in links if link.run_id}:
-        queued = SyncRun.objects.filter(pk__in=run_ids, state=SyncRun.State.QUEUED).order_by("pk")
-        queued = SyncRun.objects.filter(pk__in=[run.pk for run in queued.select_for_update()])
-        queued.update(state=SyncRun.State.RUNNING, started_at=now)
+    run_ids = {link.run_id for link in links if link.run_id}
+    if run_ids and (queued := [pk for (pk,) in _QUEUED(ids=run_ids)]):
+        SyncRun.objects.filter(pk__in=queued).update(state=SyncRun.State.RUNNING, started_at=now)
     return claimed.token, sendings, settled
+
+
+_QUEUED = Prepared(
+    lambda: (
+        SyncRun.objects.filter(Among("id", "ids", models.BigAutoField()), state=SyncRun.State.QUEUED)
+        .order_by("pk")
+        .select_for_update()
+        .values_list("pk")
+    )
+)
 
 
 def _died(part: Slice, link: CustomerLink, intent: PushIntent, held_until: datetime | None, now: datetime) -> None:
@@ -278,8 +290,12 @@ class _Sender:
         self.progress = progress
         self.calls = _Calls(part=part)
         self.at_once = settings.PUSH_CONCURRENT_CALLS
+        # Links to claim, and answers to keep, at once. What is claimed when a worker dies counts as sent.
+        self.full = max(self.at_once + CLAIM_ROWS, part.capabilities.batch, part.capabilities.update_batch)
         self.queue: deque[_Batch] = deque()
         self.running: dict[Future[None], _Batch] = {}
+        self.unkept: list[Sending] = []  # answered, none of them longer ago than TOGETHER
+        self.keep_at = 0.0
         self.holding: set[int] = set()
         self.renewed = part.clock()
         self.claims = True  # there may be more to claim
@@ -300,7 +316,7 @@ class _Sender:
                         self.closed = self.closed or self.calls.over or self._is_late()
         finally:
             # Also when the login server gives no token now: what was not sent is not to count as lost.
-            unsent = [one for batch in self.queue for one in batch.held()]
+            unsent = self._keep_answers() + [one for batch in self.queue for one in batch.held()]
             for one in unsent:
                 one.answer = NotSent("There was no time left to send it.")
             _keep(self.part, self.token, unsent)
@@ -373,12 +389,12 @@ class _Sender:
         if (admitted is not None and not idle) or not self.calls.there_is_one(queued=queued, wait=idle):
             return False  # few are let through at a time: these first
         before = part.totals.total()
-        full = max(CLAIM_ROWS, self.at_once, part.capabilities.batch, part.capabilities.update_batch)
-        bounds = (full, admitted, self.calls.rows(queued=queued), left)
+        bounds = (self.full, admitted, self.calls.rows(queued=queued), left)
         rows = min(bound for bound in bounds if bound is not None)
         # A merge may have taken a link from this worker whose answer is still out: under the same token that would pass
         # for an answer to what is claimed now.
-        out = [one.link.pk for batch in (*self.queue, *self.running.values()) for one in batch.held()]
+        batches = (*self.queue, *self.running.values())
+        out = [one.link.pk for one in self.unkept] + [one.link.pk for batch in batches for one in batch.held()]
         self.token, sendings, settled = prepare(
             part, rows=rows, customer_ids=self.customer_ids, token=self.token, but=out
         )
@@ -399,9 +415,10 @@ class _Sender:
             self.running[self.pool.submit(_call, self.part, self.session, batch)] = batch
 
     def _collect(self) -> None:
-        """Wait for answers and keep them. The next calls are under way meanwhile."""
-        done, _ = wait(self.running, timeout=LONG, return_when=FIRST_COMPLETED)
-        if not done:
+        """Wait for answers, and keep them when some have come together. The next calls are under way meanwhile."""
+        patience = max(0.0, self.keep_at - time.monotonic()) if self.unkept else LONG
+        done, _ = wait(self.running, timeout=patience, return_when=FIRST_COMPLETED)
+        if not done and not self.unkept:
             _lend_connection()
             done, _ = wait(self.running, timeout=LOOK, return_when=FIRST_COMPLETED)
         finished = [self.running.pop(future) for future in done]
@@ -414,15 +431,23 @@ class _Sender:
             known, following = _search(self.part, batch)
             answered += known
             self.queue.extendleft(self._held(following))
-        if not finished:
-            return
-        # First what the other workers have to know: until then they go on calling.
-        _listen(self.part, self.session, finished)
-        self.closed = self.closed or _must_wait(self.part.connection, self.part.clock())
-        self._start()
+        if finished:
+            # First what the other workers have to know: until then they go on calling.
+            _listen(self.part, self.session, finished)
+            self.closed = self.closed or _must_wait(self.part.connection, self.part.clock())
+            self._start()
+        if answered and not self.unkept:
+            self.keep_at = time.monotonic() + TOGETHER
+        self.unkept += answered
+        if not self.running or len(self.unkept) >= self.full or time.monotonic() >= self.keep_at:
+            self.take_over(self._keep_answers(), first=True)
+
+    def _keep_answers(self) -> list[Sending]:
+        """Keep what has been answered; returns the calls that follow."""
+        answered, self.unkept = self.unkept, []
         follow = _keep(self.part, self.token, answered)
         self.holding -= {one.link.pk for one in answered}
-        self.take_over(follow, first=True)
+        return follow
 
 
 def _lend_connection() -> None:
@@ -433,12 +458,17 @@ def _lend_connection() -> None:
 
 def _must_wait(connection: Connection, now: datetime) -> bool:
     """Whether the whole connection is to wait: an answer has just said so, here or to another worker."""
-    connection.refresh_from_db(fields=["state", "not_before"])
+    ((connection.state, connection.not_before),) = _TOLD(pk=connection.pk)
     return (
         connection.state != Connection.State.ACTIVE
         or (connection.not_before is not None and connection.not_before > now)
         or (connection.breaker_until is not None and connection.breaker_until > now)
     )
+
+
+_TOLD = Prepared(
+    lambda: Connection.objects.filter(pk=Param("pk", models.BigAutoField())).values_list("state", "not_before")
+)
 
 
 def lost_login(*, connection: Connection, error: ConnectionUnusable, at: datetime) -> None:

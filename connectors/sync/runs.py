@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
+from django.db import models
 from django.db.models import Count, F, QuerySet
 
 from connectors.models import Connection, CustomerLink, SyncRun
 from customers.editing import Actor
 from customers.models import Organization
+from customers.prepared import Among, Prepared
 
 # Each list of problems on a run is cut here: totals count all of them.
 PROBLEMS_KEPT = 100
@@ -95,7 +97,13 @@ def release(*, links: QuerySet[CustomerLink], at: datetime) -> None:
 
 def close_done(*, run_ids: set[int], at: datetime) -> None:
     """End those of these runs whose totals have reached what was planned."""
-    rows = SyncRun.objects.filter(pk__in=run_ids, finished_at=None, kind=SyncRun.Kind.PUSH).order_by("pk")
-    for run in rows:
+    for run in _UNFINISHED(ids=run_ids):
         if run.total >= run.planned:
             finish(run=run, at=at)
+
+
+_UNFINISHED = Prepared(
+    lambda: SyncRun.objects.filter(
+        Among("id", "ids", models.BigAutoField()), finished_at=None, kind=SyncRun.Kind.PUSH
+    ).order_by("pk")
+)

@@ -10,7 +10,7 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 
-from django.db import transaction
+from django.db import models, transaction
 
 from connectors.exceptions import (
     AlreadyExists,
@@ -50,6 +50,7 @@ from connectors.sync.steps import (
 from customers import bulk, editing
 from customers.editing import Actor
 from customers.models import Customer, CustomerChange
+from customers.prepared import Among, Param, Prepared
 
 RETRY_BASE, RETRY_CAP = 2.0, 900.0
 # A record that keeps failing while its neighbours do not is parked, and tried now and then.
@@ -579,9 +580,15 @@ class _Settling:
 
 def unanswered(links: Sequence[CustomerLink]) -> dict[int, PushIntent]:
     """Each link's intent that is open or uncertain, by link."""
-    waiting = (PushIntent.Outcome.OPEN, PushIntent.Outcome.UNCERTAIN)
-    rows = PushIntent.objects.filter(link__in=[link.pk for link in links], outcome__in=waiting).order_by("pk")
-    return {intent.link_id: intent for intent in rows}
+    return {intent.link_id: intent for intent in _UNANSWERED(ids=[link.pk for link in links])}
+
+
+_UNANSWERED = Prepared(
+    lambda: PushIntent.objects.filter(
+        Among("link_id", "ids", models.BigAutoField()),
+        outcome__in=(PushIntent.Outcome.OPEN, PushIntent.Outcome.UNCERTAIN),
+    ).order_by("pk")
+)
 
 
 def insert_intents(sendings: Sequence[Sending]) -> None:
@@ -594,10 +601,16 @@ def insert_intents(sendings: Sequence[Sending]) -> None:
         return
     bulk.insert(new)
     # By link: that is what has an index.
-    rows = PushIntent.objects.filter(link__in={intent.link_id for intent in new}, key__in=[i.key for i in new])
-    stored = dict(rows.values_list("key", "pk"))
+    stored = dict(_STORED(links={intent.link_id for intent in new}, keys=[intent.key for intent in new]))
     for intent in new:
         intent.pk = stored[intent.key]
+
+
+_STORED = Prepared(
+    lambda: PushIntent.objects.filter(
+        Among("link_id", "links", models.BigAutoField()), Among("key", "keys", models.UUIDField())
+    ).values_list("key", "pk")
+)
 
 
 def fingerprint(error: ConnectorError) -> str:
@@ -655,8 +668,14 @@ def _taken(connection: Connection, answered: Sequence[Sending]) -> dict[str | No
         ids |= {record.remote_id: one.link.pk for record in records if isinstance(record, Record)}
     if not ids:
         return {}
-    rows = CustomerLink.objects.filter(connection=connection, remote_id__in=ids)
-    return {**ids, **dict(rows.values_list("remote_id", "pk"))}
+    return {**ids, **dict(_BY_REMOTE_ID(connection=connection.pk, ids=list(ids)))}
+
+
+_BY_REMOTE_ID = Prepared(
+    lambda: CustomerLink.objects.filter(
+        Among("remote_id", "ids", models.CharField()), connection_id=Param("connection", models.BigAutoField())
+    ).values_list("remote_id", "pk")
+)
 
 
 def _of_link(record: Record, one: Sending) -> Record:

@@ -36,7 +36,7 @@ def set_up(*, factor: float = 1.0, claim_rows: int | None = None) -> None:
         claim: ("LEASE",),
         limits: ("PROBE", "FIRST_OPEN", "LONGEST_OPEN", "SUCCESS_EVERY"),
         plan: ("SECOND_LOOK",),
-        push: ("LEASE", "NAP", "LOOK", "LONG"),
+        push: ("LEASE", "NAP", "LOOK", "LONG", "TOGETHER"),
         settle: ("SECOND_LOOK", "RETRY_BASE", "RETRY_CAP", "POISON_TIME", "POISON_HOURLY"),
         worker: ("IDLE_SECONDS", "REST", "REST_CAP", "CALL_SECONDS", "SLICE"),
     }
