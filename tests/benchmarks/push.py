@@ -3,9 +3,10 @@
     DATABASE_URL=postgres://user@host/postgres python -m tests.benchmarks.push [--size small] [--rounds 3]
 
 The ideal is the calls under way divided by the time of one. Beside the hub, in the same rounds, bare clients send the
-same documents to the same system and keep nothing: httpx2 in threads, aiohttp where it is installed, and asyncio's
-sockets, which are the limit. Then batches, the database connections of a worker whose calls are all waiting, and fair
-shares: how long a thousand small connections take beside one with a backlog, and without it.
+same documents to the same system and keep nothing: aiohttp where it is installed, and asyncio's sockets, which are the
+limit. CPU time counts where the machine is busy; the hub's is told apart into calls and keeping. Then batches, the
+database connections of a worker whose calls are all waiting, and fair shares: how long many small connections of
+several organizations take beside some with a backlog, and without them.
 """
 
 from __future__ import annotations
@@ -13,18 +14,19 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import itertools
+import os
 import statistics
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
+from unittest.mock import patch
 from uuid import uuid4
 
 import httpx2
@@ -49,19 +51,19 @@ WORKER_THREADS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """`seconds` of the ideal rate for each side; `small` connections with `each` links, and one with a `backlog`."""
+    """`cycles` of calls for each side; `small` connections with a link each, and in `organizations` a `backlog`."""
 
     at_once: tuple[int, ...]
-    seconds: float
+    cycles: int
     small: int
-    each: int
+    organizations: int
     backlog: int
 
 
 SIZES = {
-    "smoke": Size(at_once=(4,), seconds=0.5, small=5, each=2, backlog=20),
-    "small": Size(at_once=(8, 50, 200), seconds=2.0, small=100, each=10, backlog=2_000),
-    "full": Size(at_once=(8, 50, 200), seconds=5.0, small=1_000, each=10, backlog=20_000),
+    "smoke": Size(at_once=(4,), cycles=5, small=10, organizations=2, backlog=20),
+    "small": Size(at_once=(8, 50, 200), cycles=8, small=200, organizations=4, backlog=500),
+    "full": Size(at_once=(8, 50, 200), cycles=50, small=1_000, organizations=10, backlog=5_000),
 }
 
 
@@ -89,29 +91,41 @@ class Bench:
 
         register()
         self.provider = provider
-        self.organization = Organization.objects.create(name="Demo", slug="demo")
+        self.organizations = [Organization.objects.create(name="Demo", slug="demo")]
         self.staff = Actor(kind="command", name="benchmark")
         self.names = (f"account{n}" for n in itertools.count())
-        self.ids: list[Any] = []
+        self.ids: dict[Any, list[Any]] = {}
 
-    def customers(self, number: int) -> list[Any]:
+    def organization(self, number: int) -> Any:
+        from customers.models import Organization
+
+        while len(self.organizations) <= number:
+            name = f"demo{len(self.organizations)}"
+            self.organizations.append(Organization.objects.create(name=name, slug=name))
+        return self.organizations[number]
+
+    def customers(self, number: int, *, organization: Any) -> list[Any]:
         """The ids of so many customers; those that are there are taken again."""
         from customers import editing
 
-        while len(self.ids) < number:
-            values = [{**DOCUMENT, "email": f"{uuid4()}@example.com"} for _ in range(min(2000, number - len(self.ids)))]
-            made = editing.create(organization=self.organization, values=values, actor=self.staff)
-            self.ids += [one.pk for one in made]
-        return self.ids[:number]
+        ids = self.ids.setdefault(organization.pk, [])
+        while len(ids) < number:
+            values = [{**DOCUMENT, "email": f"{uuid4()}@example.com"} for _ in range(min(2000, number - len(ids)))]
+            made = editing.create(organization=organization, values=values, actor=self.staff)
+            ids += [one.pk for one in made]
+        return ids[:number]
 
-    def connection(self, *, links: int, url: str = "", state: str = "active", **capabilities: Any) -> Any:
-        """A connection to which so many customers are due."""
+    def connection(
+        self, *, links: int, url: str = "", state: str = "active", owner: int = 0, **capabilities: Any
+    ) -> Any:
+        """A connection of an organization, the first one or another, to which so many customers are due."""
         from connectors.models import Connection
         from connectors.sync.request import request
 
         name = next(self.names)
+        organization = self.organization(owner)
         made = Connection.objects.create(
-            organization=self.organization,
+            organization=organization,
             provider="fake",
             name=name,
             account=name,
@@ -120,49 +134,67 @@ class Bench:
             base_url=url or self.provider.address(name),
             options={"capabilities": {"upsert_external_id": True, **capabilities}},
         )
-        request(connection=made, actor=self.staff, customer_ids=self.customers(links))
+        request(connection=made, actor=self.staff, customer_ids=self.customers(links, organization=organization))
         return made
 
-    def work(self, *, at_once: int, threads: int = 1) -> tuple[float, float]:
-        """Seconds, and seconds of CPU time, in which a worker does all that is due."""
+    def work(self, *, at_once: int, threads: int = 1) -> Spent:
+        """Let a worker do all that is due."""
         from django.conf import settings
 
         from connectors.guard import close_shared_client
+        from connectors.outbound import Session
         from connectors.worker import Worker
+
+        calls: list[float] = []
+        send = Session.send
+
+        def timed(*given: Any, **more: Any) -> Any:
+            began = time.thread_time()
+            try:
+                return send(*given, **more)
+            finally:
+                calls.append(time.thread_time() - began)
 
         close_shared_client()
         settings.PUSH_CONCURRENT_CALLS = at_once
         worker = Worker(threads=threads, idle=0.05)
-        began, cpu = time.perf_counter(), time.process_time()
-        worker.run(once=True)
-        return time.perf_counter() - began, time.process_time() - cpu
+        with patch.object(Session, "send", timed):
+            began, cpu = time.perf_counter(), time.process_time()
+            worker.run(once=True)
+            return Spent(
+                seconds=time.perf_counter() - began, cpu=time.process_time() - cpu, calls=sum(calls), memory=memory()
+            )
 
     # Rates
 
     def rates(self, size: Size, *, rounds: int) -> list[Figure]:
         figures: list[Figure] = []
-        alone = self.rate(at_once=1, links=max(4, round(size.seconds / LATENCY)))
+        alone = self.rate(at_once=1, links=20)
+        memory_of: dict[int, float] = {}
         for at_once in size.at_once:
             ideal = at_once / LATENCY
-            links = round(ideal * size.seconds)
-            cpu: dict[str, list[float]] = {"hub": [], "httpx2": []}
+            links = max(at_once, 25) * size.cycles
+            spent: list[Spent] = []
+            cpu: dict[str, list[float]] = {"asyncio's sockets": []}
             sides: dict[str, Callable[[], float]] = {
-                "hub": partial(self.rate, at_once=at_once, links=links, cpu=cpu["hub"]),
-                "httpx2 in threads": partial(self.bare_threads, at_once=at_once, calls=links, cpu=cpu["httpx2"]),
-                "asyncio's sockets": partial(self.bare, _sockets, at_once=at_once, calls=links),
+                "hub": partial(self.rate, at_once=at_once, links=links, spent=spent),
+                "asyncio's sockets": partial(
+                    self.bare, _sockets, at_once=at_once, calls=links, cpu=cpu["asyncio's sockets"]
+                ),
             }
             if importlib.util.find_spec("aiohttp"):
-                sides["aiohttp"] = partial(self.bare, _aiohttp, at_once=at_once, calls=links)
+                cpu["aiohttp"] = []
+                sides["aiohttp"] = partial(self.bare, _aiohttp, at_once=at_once, calls=links, cpu=cpu["aiohttp"])
             else:
                 sys.stdout.write("aiohttp is not installed: uv sync --group benchmarks\n")
             kept = in_turn(sides, rounds=rounds)
             hub = statistics.median(kept["hub"])
             aims = {50: 0.9, 200: 0.6}
-            what = f"push, {at_once} under way"
+            what = f"{at_once} under way"
             figures.append(
                 Figure(
                     goal="G8",
-                    what=f"{what}, to the ideal",
+                    what=f"push, {what}, to the ideal",
                     hub=hub,
                     yardstick=ideal,
                     unit="/s",
@@ -173,26 +205,40 @@ class Bench:
             figures += [
                 Figure(
                     goal="G8",
-                    what=f"{what}, to {name}",
+                    what=f"push, {what}, to {name}",
                     hub=hub,
                     yardstick=statistics.median(kept[name]),
                     unit="/s",
                     ratio=ratio(kept["hub"], kept[name]),
                 )
-                for name in sides
-                if name != "hub"
+                for name in cpu
             ]
-            figures.append(
+            name, bare = next(reversed(cpu.items()))
+            calls = [1000 * one.calls / links for one in spent]
+            keeping = [1000 * (one.cpu - one.calls) / links for one in spent]
+            figures += [
                 Figure(
                     goal="G8",
-                    what=f"CPU of a push, {at_once} under way, to httpx2 in threads",
-                    hub=statistics.median(cpu["hub"]),
-                    yardstick=statistics.median(cpu["httpx2"]),
+                    what=f"CPU of the {part} of a push, {what}, to all of one by {name}",
+                    hub=statistics.median(hubs),
+                    yardstick=statistics.median(bare),
                     unit="ms",
-                    ratio=ratio(cpu["hub"], cpu["httpx2"]),
+                    ratio=ratio(hubs, bare),
                 )
+                for part, hubs in (("call", calls), ("keeping", keeping))
+            ]
+            memory_of[at_once] = spent[-1].memory
+        most, fewest = max(size.at_once), min(size.at_once)
+        figures.append(
+            Figure(
+                goal="G8",
+                what=f"memory of this process after {most} under way, to {fewest}",
+                hub=memory_of[most],
+                yardstick=memory_of[fewest],
+                unit="MB",
+                ratio=memory_of[most] / memory_of[fewest],
             )
-        most = max(size.at_once)
+        )
         figures.append(
             Figure(
                 goal="G8",
@@ -206,37 +252,25 @@ class Bench:
         )
         return figures
 
-    def rate(self, *, at_once: int, links: int, cpu: list[float] | None = None) -> float:
+    def rate(self, *, at_once: int, links: int, spent: list[Spent] | None = None) -> float:
         self.connection(links=links)
-        seconds, spent = self.work(at_once=at_once)
-        if cpu is not None:
-            cpu.append(1000 * spent / links)
-        return links / seconds
+        took = self.work(at_once=at_once)
+        if spent is not None:
+            spent.append(took)
+        return links / took.seconds
 
-    def bare_threads(self, *, at_once: int, calls: int, cpu: list[float]) -> float:
-        address = self.provider.address(next(self.names))
-        limits = httpx2.Limits(max_connections=at_once, max_keepalive_connections=at_once)
-
-        def send(_: int) -> None:
-            client.put(f"{address}/customers/by-external/{uuid4()}", json=DOCUMENT).json()
-
+    def bare(self, send: Callable[..., Any], *, at_once: int, calls: int, cpu: list[float]) -> float:
         began, spent = time.perf_counter(), time.process_time()
-        with httpx2.Client(trust_env=False, limits=limits, timeout=60) as client, ThreadPoolExecutor(at_once) as pool:
-            list(pool.map(send, range(calls)))
+        asyncio.run(send(self.provider.address(next(self.names)), at_once=at_once, calls=calls))
         cpu.append(1000 * (time.process_time() - spent) / calls)
         return calls / (time.perf_counter() - began)
 
-    def bare(self, send: Callable[..., Any], *, at_once: int, calls: int) -> float:
-        began = time.perf_counter()
-        asyncio.run(send(self.provider.address(next(self.names)), at_once=at_once, calls=calls))
-        return calls / (time.perf_counter() - began)
-
     def batches(self, size: Size, *, rounds: int) -> list[Figure]:
-        links = round(8 / LATENCY * size.seconds)
+        links = 2 * BATCH * size.cycles
 
         def rate(**offers: Any) -> float:
             self.connection(links=links, **offers)
-            return links / self.work(at_once=8)[0]
+            return links / self.work(at_once=8).seconds
 
         kept = in_turn({"one by one": rate, "batches": partial(rate, batch=BATCH)}, rounds=rounds)
         return [
@@ -259,14 +293,14 @@ class Bench:
         if database.vendor != "postgresql":
             return []
         threads, at_once = 4, 8
-        with running(latency=3.0) as slow:
+        with running(latency=2.0) as slow:
             for number in range(threads):
                 self.connection(links=at_once, url=slow.address(f"slow{number}"))
             worker = threading.Thread(target=partial(self.work, at_once=at_once, threads=threads))
             worker.start()
             while len(slow.counted()) < threads or any(c["requests"] < at_once for c in slow.counted().values()):
                 time.sleep(0.05)
-            time.sleep(1.0)
+            time.sleep(0.5)
             pool = database.pool
             out = pool.get_stats()["pool_size"] - pool.get_stats()["pool_available"]
             with database.cursor() as cursor:
@@ -294,9 +328,10 @@ class Bench:
     # Fair shares
 
     def fairness(self, size: Size) -> list[Figure]:
-        """How long the small connections take beside a big one, and by themselves; and what the worker needs for it."""
+        """How long the small connections take beside big ones, and by themselves; and what the worker needs for it."""
         seconds: dict[str, float] = {}
         needs: dict[str, Needs] = {}
+        cpu: dict[str, float] = {}
         threads = 1
         with worker_process() as process:
             for name, small, backlog in (
@@ -304,25 +339,39 @@ class Bench:
                 ("alone", size.small, 0),
                 ("beside", size.small, size.backlog),
             ):
+                owners = range(size.organizations)
                 if backlog:
-                    self.connection(links=backlog, state="paused")
-                accounts = [self.connection(links=size.each, state="paused").account for _ in range(small)]
+                    for owner in owners:
+                        self.connection(links=backlog, state="paused", owner=owner)
+                made = [self.connection(links=1, state="paused", owner=n % len(owners)) for n in range(small)]
+                accounts = [one.account for one in made]
+                spent = needs_of(process).cpu
                 began = self.begin()
-                while not self.have(accounts, size.each):
+                while not self.have(accounts, 1):
                     threads = max(threads, needs_of(process).threads)
                     time.sleep(0.1)
                 counted = self.provider.counted()
                 seconds[name] = max(counted[account]["last"] for account in accounts) - began
                 needs[name] = needs_of(process)
+                cpu[name] = 1000 * (needs[name].cpu - spent) / small
         n = size.small
+        what = f"{n} connections of {size.organizations} organizations with a link each"
         return [
             Figure(
                 goal="G8",
-                what=f"{n} small connections beside a backlog of {size.backlog}, to themselves alone",
+                what=f"{what}, beside a backlog of {size.backlog} in each, to themselves alone",
                 hub=seconds["beside"],
                 yardstick=seconds["alone"],
                 unit="s",
                 ratio=seconds["beside"] / seconds["alone"],
+            ),
+            Figure(
+                goal="G8",
+                what=f"CPU for one of {n} connections with a link each, to one of a tenth",
+                hub=cpu["alone"],
+                yardstick=cpu["few"],
+                unit="ms",
+                ratio=cpu["alone"] / cpu["few"],
                 at_most=1.5,
             ),
             Figure(
@@ -358,17 +407,42 @@ class Bench:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Spent:
+    """What a worker needed: seconds, seconds of CPU time, those of its calls, and megabytes at the end."""
+
+    seconds: float
+    cpu: float
+    calls: float
+    memory: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Needs:
-    """What a process has needed at most until now."""
+    """What a process has needed until now: megabytes at most, threads, and seconds of CPU time."""
 
     megabytes: float
     threads: int
+    cpu: float
 
 
 def needs_of(process: subprocess.Popen[bytes]) -> Needs:
-    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-    status = dict(line.split(":", 1) for line in lines if ":" in line)
-    return Needs(megabytes=int(status["VmHWM"].split()[0]) / 1024, threads=int(status["Threads"]))
+    status = _status(process.pid)
+    ticks = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return Needs(
+        megabytes=int(status["VmHWM"].split()[0]) / 1024,
+        threads=int(status["Threads"]),
+        cpu=sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK"),
+    )
+
+
+def memory() -> float:
+    """Megabytes of this process."""
+    return int(_status(os.getpid())["VmRSS"].split()[0]) / 1024
+
+
+def _status(pid: int) -> dict[str, str]:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return dict(line.split(":", 1) for line in lines if ":" in line)
 
 
 @contextmanager

@@ -2,9 +2,9 @@
 
     DATABASE_URL=postgres://user@host/postgres python -m tests.benchmarks.workers [--size small] [--rounds 3]
 
-Links of eight connections are due. Measured are the links that arrive in a second, calls beyond one per link (work done
-twice), how many backends wait for locks, and deadlocks; on SQLite, with one and two workers, whether a worker was told
-that the database is locked.
+Links of eight connections are due. Measured are the links that arrive in a second, the workers' CPU time for each,
+calls beyond one per link (work done twice), how many backends wait for locks, and deadlocks; on SQLite, with one and
+two workers, whether a worker was told that the database is locked.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tests.benchmarks.measuring import Figure, in_turn, options, own_database, ratio, report
 from tests.benchmarks.provider import running
-from tests.benchmarks.push import Bench, worker_process
+from tests.benchmarks.push import Bench, needs_of, worker_process
 
 LATENCY = 0.05
 CONNECTIONS = 8
@@ -52,6 +52,7 @@ class Workers:
         self.records = 0
         self.calls = 0
         self.waiting: list[int] = []
+        self.cpu: dict[int, list[float]] = {}
 
     def rate(self, number: int) -> float:
         """Links per second from the moment when they are due."""
@@ -59,15 +60,17 @@ class Workers:
         accounts = [one.account for one in made]
         with ExitStack() as stack:
             log = stack.enter_context(self.log.open("ab"))
-            for _ in range(number):
-                stack.enter_context(worker_process(log=log))
+            workers = [stack.enter_context(worker_process(log=log)) for _ in range(number)]
+            before = sum(needs_of(one).cpu for one in workers)
             stack.enter_context(watched(self.waiting))
             began = self.bench.begin()
             while not self.bench.have(accounts, self.links):
                 time.sleep(0.05)
             counted = self.bench.provider.counted()
             took = max(counted[account]["last"] for account in accounts) - began
+            spent = sum(needs_of(one).cpu for one in workers) - before
         counted = self.bench.provider.counted()  # the workers have ended
+        self.cpu.setdefault(number, []).append(1000 * spent / (CONNECTIONS * self.links))
         self.calls += sum(counted[account]["sent"] for account in accounts)
         self.records += sum(counted[account]["records"] for account in accounts)
         return CONNECTIONS * self.links / took
@@ -115,6 +118,18 @@ def figures(kept: dict[str, list[float]], measured: Workers, vendor: str) -> lis
         )
         for name, rates in kept.items()
         if rates is not one
+    ]
+    found += [
+        Figure(
+            goal="G8",
+            what=f"CPU of a push by {number} workers, to one",
+            hub=statistics.median(spent),
+            yardstick=statistics.median(measured.cpu[1]),
+            unit="ms",
+            ratio=ratio(spent, measured.cpu[1]),
+        )
+        for number, spent in measured.cpu.items()
+        if number > 1
     ]
     found.append(whole("links that took one call, to the calls", measured.records, measured.calls))
     if vendor == "postgresql":
