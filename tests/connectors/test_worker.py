@@ -249,6 +249,23 @@ def test_a_small_organization_gets_every_second_slice_beside_one_with_fifty_conn
 
 
 @pytest.mark.django_db(transaction=True)
+def test_a_backlog_has_its_second_slice_when_each_small_connection_of_its_organization_had_one(
+    organization: Organization, connect: Callable[..., Connection], wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(working, "SLICE_LINKS", 2)
+    ids = [one.pk for one in customers_of(organization, 10)]
+    request(connection=system(connect, wire, "backlog"), actor=ACTOR)
+    for n in range(30):
+        request(connection=system(connect, wire, f"small{n}"), actor=ACTOR, customer_ids=ids[:1])
+    try:
+        Worker(threads=1).run(once=True)
+    finally:
+        close_shared_client()
+    assert served(wire, "backlog") == "S" + "o" * 30 + "S"
+    assert len(wire.calls) == 10 + 30
+
+
+@pytest.mark.django_db(transaction=True)
 def test_of_two_threads_a_large_organization_never_has_both_while_another_waits(
     organization: Organization,
     other_organization: Organization,
