@@ -32,6 +32,7 @@ from connectors.models import Connection, CustomerLink
 from connectors.sync import importing, runs
 from connectors.sync.importing import Import, Taken, kept
 from connectors.sync.process import begin
+from connectors.sync.races import start_over
 from customers.editing import Actor
 from customers.models import Customer, Organization
 from customers.tabular import Line, Problem, Reader, UnreadableTable
@@ -94,7 +95,7 @@ def _take(
     lines: Sequence[Line],
     pipe: Pipe[Any, Any],
 ) -> None:
-    with transaction.atomic():
+    def store() -> None:
         totals, problems = take([*map(job.reader.row, lines)])
         number = ""
         if job.run is None:
@@ -106,6 +107,9 @@ def _take(
                 [number] = cursor.fetchone()
         told: _Told = number, totals, problems
         pipe.send(told)
+
+    # Others may edit the same customers meanwhile; in a dry run another worker may have them, too.
+    start_over(store)
 
 
 def take_in(chunks: Iterator[list[Line]], *, job: Job, workers: int, stop: Callable[[], bool]) -> Generator[Taken]:

@@ -20,6 +20,7 @@ from connectors.models import Connection, CustomerLink, ImportFile, SyncRun
 from connectors.provider import Record
 from connectors.sync import runs
 from connectors.sync.clock import database_clock
+from connectors.sync.races import start_over
 from connectors.sync.receive import UNCHANGED, nothing_new, receive
 from customers import bulk, editing, tabular
 from customers.editing import Actor
@@ -295,12 +296,16 @@ def take_in(
     """
     refused = 0
     for chunk in chunks:
-        with transaction.atomic():
+
+        def store(chunk: list[Row] = chunk, refused: int = refused) -> tuple[Counter[str], list[Problem]]:
             totals, problems = work.take(chunk)
             if run is not None:
                 runs.add(run_id=run.pk, totals=totals, problems=kept(problems, refused=refused), at=timezone.now())
             else:
                 transaction.set_rollback(True)
+            return totals, problems
+
+        totals, problems = start_over(store)
         refused += totals["refused"]
         yield Taken(totals=totals, problems=problems, last=chunk[-1].number)
         if stop():
