@@ -30,8 +30,10 @@ IDEMPOTENCY_KEY = OpenApiParameter(
 Endpoint = tuple[str, str, str, Any]
 # JSON Schema counts characters, and the hub refuses some: C0 other than tab and line ends, and DEL.
 CONTROL = r"\u0000-\u0008\u000b\u000c\u000e-\u001f\u007f"
+# What the hub takes for blank. Not as `\s`: what that means differs from one language to another.
+BLANK = r"\t\n\r \u0085\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 PLAIN = rf"^[^{CONTROL}]*$"
-FILLED = rf"^[^{CONTROL}]*[^\s{CONTROL}][^{CONTROL}]*$"
+FILLED = rf"^[^{CONTROL}]*[^{BLANK}{CONTROL}][^{CONTROL}]*$"
 
 
 class WrongField(serializers.Serializer[Any]):
@@ -244,9 +246,8 @@ class TextSchema(OpenApiSerializerFieldExtension):
             schema["pattern"] = PLAIN if self.target.allow_blank or not self.target.trim_whitespace else FILLED
             if self.target.trim_whitespace and (least := self.target.min_length or 0) > 1:
                 # Blanks around it are not counted.
-                schema["pattern"] = (
-                    rf"^[^{CONTROL}]*[^\s{CONTROL}][^{CONTROL}]{{{least - 2},}}[^\s{CONTROL}][^{CONTROL}]*$"
-                )
+                seen = f"[^{BLANK}{CONTROL}]"
+                schema["pattern"] = rf"^[^{CONTROL}]*{seen}[^{CONTROL}]{{{least - 2},}}{seen}[^{CONTROL}]*$"
             for validator in self.target.validators:
                 schema |= get_override(validator, "field", {})
                 if validator is well_formed:

@@ -18,11 +18,14 @@ import schemathesis
 from django.core.management import call_command
 from django.db import connection, connections
 from django.test import Client
+from rest_framework.exceptions import ValidationError
 from schemathesis.config import SchemathesisConfig
 from schemathesis.engine import Status, events, from_schema
 from schemathesis.transport.wsgi import WSGITransport
 
 from connectors.api import problems, reference
+from connectors.api.schema import FILLED
+from connectors.inbound.fields import Text
 from connectors.models import ApiKey, Connection, CustomerLink, SyncRun
 from connectors.provider import Record
 from connectors.sync.receive import receive
@@ -397,6 +400,16 @@ def test_every_operation_is_described_in_full() -> None:
                 assert list(answer["content"]) == [media_type], (where, status)
     codes = made["components"]["schemas"]["Problem"]["properties"]["code"]["enum"]
     assert set(codes) == set(problems.CODES)
+
+
+def test_the_document_and_the_hub_mean_the_same_by_blank() -> None:
+    for text in [chr(code) for code in (*range(0x3100), 0xFEFF)]:
+        accepted = True
+        try:
+            Text().run_validation(text)
+        except ValidationError:
+            accepted = False
+        assert accepted == bool(re.search(FILLED, text)), ascii(text)
 
 
 def test_nothing_is_left_to_a_guess(capsys: pytest.CaptureFixture[str]) -> None:
