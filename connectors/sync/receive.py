@@ -13,7 +13,7 @@ from uuid import UUID
 import orjson
 from django.db import IntegrityError, models
 from django.db import connection as database
-from django.db.models import Q
+from django.db.models import F, Q
 
 from connectors.models import Conflict, Connection, CustomerLink, PushIntent
 from connectors.provider import Record
@@ -216,9 +216,11 @@ def _merges(
     at: datetime,
 ) -> dict[Any, Merge]:
     """Each known record merged with its customer. What two systems keep overwriting is left to a person."""
+    # A look found that a lost one had not been applied; it may have been since.
+    late = Q(outcome=PushIntent.Outcome.FAILED, lost__gt=0, hold_until__gt=F("link__synced_at") - DEAD)
     unanswered = PushIntent.objects.filter(
+        late | Q(outcome__in=(PushIntent.Outcome.OPEN, PushIntent.Outcome.UNCERTAIN)),
         link__in=[links[key].pk for key in known if key in links],
-        outcome__in=(PushIntent.Outcome.OPEN, PushIntent.Outcome.UNCERTAIN),
     )
     read = {link.pk: link.synced_at for link in links.values()}
     sent: dict[int, list[Mapping[str, Any]]] = {}
