@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from connectors.exceptions import AlreadyExists, Gone, OutcomeUnknown
-from connectors.models import Connection, Issue, PushIntent
+from connectors.models import Conflict, Connection, Issue, PushIntent
 from connectors.states import LinkState
 from connectors.sync.claim import LEASE
 from connectors.sync.deletes import FEW
@@ -239,3 +239,36 @@ def test_a_value_that_was_put_back_while_its_update_was_lost_is_sent_when_that_l
     link = system.links.get()
     assert not link.is_dirty
     assert system.judge.live()[str(link.uid)][0]["address_city"] == "A"
+
+
+def test_a_lost_update_that_lands_after_a_look_is_no_edit_of_somebody_else(here: Hub) -> None:
+    """The look said that it had not been applied. A conflict with ourselves would be logged, and staff asked."""
+    [customer] = here.customers([{"name": "Ida", "address_city": "A"}])
+    offers = {"upsert_external_id": True, "lists": True, "fetches": True, "conditional": True}
+    system = here.system(offers=offers, **BOTH)
+    system.request()
+    system.drain()
+    system.pull()
+    here.edit({customer.pk: {"address_city": "B"}})
+    token, [lost], _ = prepare(part(system), rows=5)
+    assert lost.intent is not None
+    lost.answer = OutcomeUnknown("No answer came.")
+    settle(part(system), token=token, answered=[lost])
+    here.edit({customer.pk: {"address_city": "C"}})
+    here.clock.sleep(60)
+    token, [look], _ = prepare(part(system), rows=5)
+    assert look.step is Step.READ
+    look.answer = system.provider.fetch(system.session, system.connection, look.outgoing.remote_id or "")
+    [newer] = settle(part(system), token=token, answered=[look])
+    assert newer.step is Step.UPDATE
+    assert PushIntent.objects.get(version=lost.intent.version, kind="update").outcome == PushIntent.Outcome.FAILED
+    system.provider.update(system.session, system.connection, lost.outgoing)  # it lands after all
+    newer.answer = OutcomeUnknown("The worker died.")
+    settle(part(system), token=token, answered=[newer])
+    system.pull()
+    assert not Conflict.objects.exists()
+    here.clock.sleep(600)
+    system.drain()
+    link = system.links.get()
+    assert (link.customer.address_city, link.is_dirty) == ("C", False)
+    assert system.judge.live()[str(link.uid)][0]["address_city"] == "C"
