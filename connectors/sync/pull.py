@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any, TypeVar
+from uuid import UUID
 
 from django.db import transaction
 from django.db.models import Q, QuerySet
@@ -26,6 +27,7 @@ from connectors.sync.merge import same
 from connectors.sync.push import NAP, PATIENCE, lost_login
 from connectors.sync.receive import UNCHANGED, UPDATED, Received, receive
 from connectors.sync.schedule import next_pull
+from connectors.sync.settle import duplicates
 from customers import bulk, editing
 from customers.editing import Actor
 from customers.models import Customer, CustomerChange
@@ -63,6 +65,7 @@ class Reading:
     unreadable: bool = False  # whose record one was is not known: what the list leaves out says nothing
     ours: dict[str, list[PushIntent]] = field(default_factory=dict)
     ours_until: datetime | None = None
+    seconds: list[issues.Trouble] = field(default_factory=list)  # of the page that is being taken
 
 
 def pull(
@@ -390,10 +393,11 @@ def _release(connection: Connection, token: str, now: datetime) -> None:
 
 
 def _without_our_own(this: Reading, records: list[Record], outcomes: Counter[str], at: datetime) -> list[Record]:
-    """The records, less those that may be creates of ours whose answer is still out or was lost.
+    """The records, less those that our creates made or may have made.
 
-    Such a record is taken for its link when it carries the link's marker, or when it alone says what was sent;
-    otherwise it is left for the next pull, because a second golden record could not be taken back.
+    Where the answer is still out or was lost, such a record is taken for its link when it carries the link's marker, or
+    when it alone says what was sent; otherwise it is left for the next pull, because a second golden record could not
+    be taken back. Nor does a further record with the marker of a link make one: it is told to somebody.
     """
     connection = this.connection
     ids = [record.remote_id for record in records]
@@ -411,23 +415,30 @@ def _without_our_own(this: Reading, records: list[Record], outcomes: Counter[str
         ).values_list("former_remote_id", flat=True)
     )
     _our_creates(this, at)
-    left_out: set[str | None] = set()
+    left_out: set[str | None] = {record.remote_id for record in unknown if record.remote_id in former}
+    fresh = [record for record in unknown if record.remote_id not in former]
+    markers = [this.provider.marker(record.document) for record in fresh]
+    marked: dict[UUID, list[Record]] = {}
+    for record, marker in zip(fresh, markers, strict=True):
+        if marker is not None:
+            marked.setdefault(marker, []).append(record)
+    carried = CustomerLink.objects.filter(connection=connection, uid__in=marked, deleted_at=None) if marked else ()
+    owned = {link.uid: link for link in carried}
     adopted: list[tuple[PushIntent, Record]] = []
-    for record in unknown:
-        if record.remote_id in former:
-            left_out.add(record.remote_id)
-            continue
-        marker = this.provider.marker(record.document)
+    for record, marker in zip(fresh, markers, strict=True):
         waiting = this.ours.get(_key(record.values), [])
         if marker is not None:
             alike = [i for intents in this.ours.values() for i in intents if i.link.uid == marker]
+            if alike and record is not _made_by(this.provider, alike[0], marked[marker]):
+                left_out.add(record.remote_id)
+                continue
         else:
             alike = [i for i in waiting if says(this.provider, record, i.sent_values)]
         twins = [o for o in unknown if alike and says(this.provider, o, alike[0].sent_values)]
         if len(alike) == 1 and (marker is not None or len(twins) == 1):
             this.ours[_key(alike[0].sent_values)].remove(alike[0])
             adopted.append((alike[0], record))
-        elif alike:
+        elif alike or marker in owned:
             left_out.add(record.remote_id)
     if adopted:
         # Customers before links, and all of the page at once: an edit locks them in that order.
@@ -436,7 +447,28 @@ def _without_our_own(this: Reading, records: list[Record], outcomes: Counter[str
         list(Customer.objects.filter(pk__in=owners).order_by("pk").select_for_update().values_list("pk"))
         left_out |= _adopt(this, adopted, at)
     outcomes["skipped"] += len(left_out)
+    this.seconds = [
+        duplicates(link, [link.remote_id, *others])
+        for uid, link in owned.items()
+        if link.remote_id and (others := [record.remote_id or "" for record in marked[uid] if not record.deleted])
+    ]
     return [record for record in records if record.remote_id not in left_out]
+
+
+def _made_by(provider: Provider, intent: PushIntent, records: Sequence[Record]) -> Record:
+    """Which of the records with its marker a create made: the first that says what was sent, else the first."""
+    return next((record for record in records if says(provider, record, intent.sent_values)), records[0])
+
+
+def _tell_seconds(this: Reading, at: datetime) -> None:
+    """Open an issue for each second record of a link, unless one is open: a sweep's may know of more records."""
+    known = Issue.objects.filter(connection=this.connection, kind=Issue.Kind.DUPLICATE, resolved_at=None)
+    told = set(
+        known.filter(fingerprint__in=[one.fingerprint for one in this.seconds]).values_list("fingerprint", flat=True)
+    )
+    new = [one for one in this.seconds if one.fingerprint not in told]
+    issues.open_issues(connection=this.connection, troubles=new, at=at)
+    this.seconds = []
 
 
 def _our_creates(this: Reading, at: datetime) -> None:
@@ -565,6 +597,8 @@ def take_page(
         normalise=provider.normalise,
         at=at,
     )
+    if this.seconds:
+        _tell_seconds(this, at)
     outcomes.update(result.outcome for result in received if not result.stale)
     if this.generation and known:
         CustomerLink.objects.filter(pk__in=known.values()).update(seen_generation=this.generation)

@@ -406,12 +406,15 @@ class _Sender:
 
     def _start(self) -> None:
         # A call may take half a lease: the other half must still be there.
-        if self.part.clock() - self.renewed > LEASE / 2:
+        now = self.part.clock()
+        if now - self.renewed > LEASE / 2:
             self._renew()
         while self.queue and not self.closed and len(self.running) < self.at_once:
             if not self.calls.take(urgent=self.queue[0].urgent):
                 break
             batch = self.queue.popleft()
+            for one in batch.sendings:
+                one.begun = now
             self.running[self.pool.submit(_call, self.part, self.session, batch)] = batch
 
     def _collect(self) -> None:
@@ -510,12 +513,12 @@ def _search(part: Slice, batch: _Batch) -> tuple[list[Sending], list[_Batch]]:
     if batch.error is not None and _is_unnamed(part, batch):
         answered: list[Sending] = []
         suspects, waiting = batch.sendings, [*batch.others, *batch.waiting]
-        hold = part.clock() + timedelta(seconds=part.capabilities.max_request_life)
+        now, life = part.clock(), part.capabilities.max_request_life
         for one in suspects:
             one.answer = None
             if our_fault(batch.error) and one.intent is not None:
                 # It may have been applied, which whoever sends it next has to know.
-                one.intent.lost, one.intent.hold_until = one.intent.lost + 1, hold
+                one.intent.lost, one.intent.hold_until = one.intent.lost + 1, one.dead_by(now=now, life=life)
     elif batch.error is None:
         answered, suspects, waiting = batch.sendings, batch.others, batch.waiting
     else:

@@ -435,7 +435,7 @@ class _Settling:
             intent.outcome = PushIntent.Outcome.UNCERTAIN
             intent.lost += 1
             intent.replayed = intent.replayed or answer.replayed
-            intent.hold_until = self.now + timedelta(seconds=self.capabilities.max_request_life)
+            intent.hold_until = one.dead_by(now=self.now, life=self.capabilities.max_request_life)
         elif isinstance(answer, AlreadyExists) or (intent.lost and not isinstance(answer, Rejected)):
             # This sending came to nothing; an earlier one may have arrived.
             intent.outcome = PushIntent.Outcome.UNCERTAIN if intent.lost else PushIntent.Outcome.OPEN

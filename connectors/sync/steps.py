@@ -7,13 +7,14 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from enum import Enum
 
 from connectors.exceptions import ConnectorError, Rejected, RetryLater
 from connectors.models import Connection, CustomerLink, PushIntent, SyncRun
 from connectors.provider import Capabilities, Outgoing, Provider, Record
 from connectors.states import LinkState
+from connectors.sync.claim import LEASE
 
 CREATED, UPDATED, UNCHANGED = "created", "updated", "unchanged"
 REFUSED, RETRYING, UNCERTAIN, SKIPPED = "refused", "retrying", "uncertain", "skipped"
@@ -55,7 +56,7 @@ class Sending:
     """One link on its way: the call, what is sent of which version, and what came back.
 
     `existing` is the record that a look-up is about, when its id is known. `seq` is the link's `sync_seq` when a read
-    began: if it has moved by the time of the answer, the answer is old.
+    began: if it has moved by the time of the answer, the answer is old. `begun` is when the call began.
     """
 
     link: CustomerLink
@@ -65,11 +66,19 @@ class Sending:
     existing: str = ""
     seq: int = 0
     rounds: int = 0
+    begun: datetime | None = None
     answer: Result = None
 
     @property
     def writes(self) -> bool:
         return self.step in (Step.CREATE, Step.UPDATE, Step.DELETE)
+
+    def dead_by(self, *, now: datetime, life: float) -> datetime:
+        """From when on a sending that was lost by `now` can no longer be applied: `life` seconds after its time-out.
+
+        That it was lost early, by a reset say, tells nothing of how long the system may still be at it.
+        """
+        return max(now, (self.begun or now) + LEASE / 2) + timedelta(seconds=life)
 
 
 @dataclass(kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import timedelta
 from random import Random
 from typing import Any
@@ -272,3 +273,48 @@ def test_a_lost_update_that_lands_after_a_look_is_no_edit_of_somebody_else(here:
     link = system.links.get()
     assert (link.customer.address_city, link.is_dirty) == ("C", False)
     assert system.judge.live()[str(link.uid)][0]["address_city"] == "C"
+
+
+def test_a_create_that_was_lost_early_is_looked_for_when_it_must_be_dead(here: Hub) -> None:
+    """A reset does not stop the system: what it got may be applied as late as after a time-out."""
+    here.customers([{"name": "Jan"}])
+    system = here.system(offers={"look_up": "strong", "fetches": True})
+    provider, sent = own_provider(system), []
+    works = provider.create
+
+    def reset(session: Any, connection: Any, outgoing: Any) -> Any:
+        sent.append(outgoing)
+        raise OutcomeUnknown("The connection was reset.")
+
+    provider.create = reset
+    system.request()
+    system.push()
+    provider.create = works
+    here.clock.sleep(LEASE.total_seconds() / 2 + 119)
+    system.push()
+    works(system.session, system.connection, sent[0])  # it lands at the last moment
+    here.clock.sleep(600)
+    system.drain()
+    assert (system.judge.count(), system.judge.duplicates()) == (1, {})
+    assert system.links.get().remote_id == "r1"
+
+
+def test_a_second_record_with_our_marker_is_told_and_makes_no_customer(here: Hub) -> None:
+    [customer] = here.customers([{"name": "Kim", "address_city": "Gouda"}])
+    system = here.system(offers={"look_up": "lagging", "lists": True, "fetches": True}, **BOTH)
+    system.request()
+    token, [one], _ = prepare(part(system), rows=5)
+    for city in ("Delft", "Gouda", "Leiden"):  # the second one is what was sent
+        document = {**one.outgoing.document, "address_city": city}
+        system.provider.create(system.session, system.connection, replace(one.outgoing, document=document))
+    one.answer = OutcomeUnknown("No answer came.")
+    settle(part(system), token=token, answered=[one])
+    for _ in range(2):
+        here.clock.sleep(60)
+        system.pull()
+    link = system.links.get()
+    assert (link.remote_id, link.customer_id, link.customer.address_city) == ("r2", customer.pk, "Gouda")
+    assert Customer.objects.count() == 1
+    [issue] = system.issues
+    assert (issue.kind, issue.count) == (Issue.Kind.DUPLICATE, 1)
+    assert issue.details["remote_ids"] == ["r2", "r1", "r3"]

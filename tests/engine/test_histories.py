@@ -417,6 +417,8 @@ class Histories(RuleBasedStateMachine):
         )
 
     def fly(self, where: int, token: str, sendings: Sequence[Sending]) -> None:
+        for one in sendings:
+            one.begun = self.clock.now
         self.flying += [Flying(where, one, token, self.clock.now) for one in sendings]
 
     def arrive(self, one: Flying, *, kept: bool) -> None:
