@@ -33,6 +33,12 @@ def _providers_as_written_down() -> Iterator[None]:
     PROVIDERS.update(before)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _passwords_are_hashed_quickly() -> None:
+    """A hash that is slow on purpose takes a quarter of a second of each test with somebody in it."""
+    settings.PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
+
+
 @pytest.fixture(autouse=True)
 def _nothing_cached() -> None:
     """The dashboard keeps its counters for a while, by ids that the next test gives out again."""

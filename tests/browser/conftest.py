@@ -49,9 +49,7 @@ def visitor(mode: Mode, live_server: Any) -> Iterator[Person]:
 
 
 @pytest.fixture
-def alex(db: None, settings: Any) -> User:
-    # A password that is slow to check costs each test half a second.
-    settings.PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
+def alex(db: None) -> User:
     return User.objects.create_superuser("alex", password="secret")
 
 
