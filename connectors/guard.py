@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import atexit
 import ipaddress
+import itertools
 import logging
 import os
 import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from contextvars import ContextVar
 from functools import lru_cache
@@ -29,8 +30,8 @@ from connectors.exceptions import ConnectionUnusable
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 WRITE_PIECE = 16 * 1024
-# Of this process, to all systems together. Idle ones are few: each is probed whenever a request begins or ends.
-MAX_CONNECTIONS, KEPT_CONNECTIONS = 1000, 20
+# Idle connections of this process, to all systems together, and the seconds that each is kept.
+KEPT_CONNECTIONS, KEPT_SECONDS = 20, 5.0
 
 
 def check_url(url: str) -> None:
@@ -232,6 +233,91 @@ class _GuardedBackend(httpcore2.SyncBackend):
         raise ConnectionUnusable("The address must be a full URL beginning with https://.")
 
 
+Place = tuple[bytes, bytes, int]
+
+
+class _Connections(httpcore2.ConnectionPool):
+    """The library's connections, with one call on each at a time. An idle one is kept for the next call to its place.
+
+    The library itself goes through all its connections, under one lock, whenever a call begins or ends: with fifty
+    calls under way that took longer than the calls. Here nothing grows with their number. How many there are at once is
+    bounded by the threads that call.
+    """
+
+    def __init__(self, context: ssl.SSLContext, *, kept: int) -> None:
+        super().__init__(ssl_context=context, keepalive_expiry=KEPT_SECONDS, network_backend=_GuardedBackend())
+        self._most = kept
+        self._lock = threading.Lock()
+        # Idle ones: those of a place, and all of them, each in the order in which they became idle.
+        self._of_place: dict[Place, dict[httpcore2.ConnectionInterface, None]] = {}
+        self._places: dict[httpcore2.ConnectionInterface, Place] = {}
+
+    def handle_request(self, request: httpcore2.Request) -> httpcore2.Response:
+        origin = request.url.origin
+        place = (origin.scheme, origin.host, origin.port)
+        connection = self._take(place) or self.create_connection(origin)
+        # Whatever goes wrong, the library has closed the connection by then, and the call is not repeated on another.
+        response = connection.handle_request(request)
+        response.stream = _Body(response.stream, done=lambda: self._keep(place, connection))
+        return response
+
+    def close(self) -> None:
+        with self._lock:
+            idle, self._places, self._of_place = list(self._places), {}, {}
+        for connection in idle:
+            connection.close()
+
+    def _take(self, place: Place) -> httpcore2.ConnectionInterface | None:
+        """The connection that became idle last, if the system has not closed it."""
+        while True:
+            with self._lock:
+                if place not in self._of_place:
+                    return None
+                connection = next(reversed(self._of_place[place]))
+                self._forget(connection)
+            if not connection.has_expired():
+                return connection
+            connection.close()
+
+    def _keep(self, place: Place, connection: httpcore2.ConnectionInterface) -> None:
+        """Keep a connection whose call is over, unless it was closed; those that have been idle for too long go."""
+        over: list[httpcore2.ConnectionInterface] = []
+        with self._lock:
+            if connection.is_idle():
+                self._places[connection] = place
+                self._of_place.setdefault(place, {})[connection] = None
+            for oldest in list(itertools.islice(self._places, 2)):
+                if len(self._places) <= self._most and not oldest.has_expired():
+                    break
+                self._forget(oldest)
+                over.append(oldest)
+        for one in over:
+            one.close()
+
+    def _forget(self, connection: httpcore2.ConnectionInterface) -> None:
+        place = self._places.pop(connection)
+        del self._of_place[place][connection]
+        if not self._of_place[place]:
+            del self._of_place[place]
+
+
+class _Body:
+    """The body of an answer. Once it is closed, which may happen again, its connection is free."""
+
+    def __init__(self, stream: Any, *, done: Callable[[], None]) -> None:
+        self._stream = stream
+        self._done: Callable[[], None] | None = done
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._stream)
+
+    def close(self) -> None:
+        done, self._done = self._done, None
+        if done is not None:
+            self._stream.close()
+            done()
+
+
 class _Client(httpx2.Client):
     """Sends a request as it is and hands on the answer: nothing is kept between requests, not even cookies."""
 
@@ -280,12 +366,6 @@ def _build_client() -> httpx2.Client:
         logging.getLogger(name).setLevel(logging.WARNING)
     context = httpx2.create_ssl_context(trust_env=False)
     transport = httpx2.HTTPTransport(verify=context, trust_env=False)
-    # httpx2 has no parameter for the network backend. tests/connectors/test_outbound.py fails without it.
-    transport._pool = httpcore2.ConnectionPool(
-        ssl_context=context,
-        max_connections=MAX_CONNECTIONS,
-        max_keepalive_connections=max(KEPT_CONNECTIONS, settings.PUSH_CONCURRENT_CALLS),
-        keepalive_expiry=5.0,
-        network_backend=_GuardedBackend(),
-    )
+    # httpx2 has no parameter for these. tests/connectors/test_outbound.py fails without them.
+    transport._pool = _Connections(context, kept=max(KEPT_CONNECTIONS, settings.PUSH_CONCURRENT_CALLS))
     return _Client(transport)

@@ -141,7 +141,7 @@ class Session:
         token = call.set(Call(url.scheme, started + self.deadline))
         try:
             answer = self._exchange(client, method, url, json, form, params, headers or {}, started)
-        except (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout) as error:
+        except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
             if _certificate_refused(error):
                 raise ConnectionUnusable(f"The TLS certificate of {url.host} is not valid.") from error
             raise RetryLater(_no_answer(url)) from error

@@ -13,6 +13,8 @@ import struct
 import threading
 import time
 import traceback
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
 import orjson
@@ -217,6 +219,75 @@ def test_a_client_can_be_injected():
 def test_a_path_that_leads_elsewhere_is_refused(path):
     with pytest.raises(Rejected):
         Session(base_url="https://h/api").send("GET", path)
+
+
+def side_by_side(session, number):
+    with ThreadPoolExecutor(number) as pool:
+        return [answer.status for answer in pool.map(lambda n: session.send("POST", f"x{n}"), range(number))]
+
+
+@pytest.mark.usefixtures("local")
+def test_calls_side_by_side_have_a_connection_each_and_few_are_kept(monkeypatch, settings):
+    monkeypatch.setattr(guard, "KEPT_CONNECTIONS", 3)
+    settings.PUSH_CONCURRENT_CALLS = 1
+    lock, served, together = threading.Lock(), Counter(), threading.Barrier(8)
+
+    def behave(connection, request):
+        with lock:
+            served[connection.getpeername()] += 1
+        if b" /x" in request:
+            together.wait(10)
+        connection.sendall(answer_bytes(b"{}"))
+        return KEEP
+
+    with serve(behave) as base:
+        session = Session(base_url=base)
+        assert side_by_side(session, 8) == [200] * 8
+        assert len(served) == 8
+        pool = guard.shared_client()._only._pool
+        assert len(pool._places) == sum(map(len, pool._of_place.values())) == 3
+        for _ in range(5):
+            session.send("POST", "again")
+        assert len(served) == 8
+        assert max(served.values()) == 6  # the one that was used last is used again
+        guard.close_shared_client()
+        assert (pool._places, pool._of_place) == ({}, {})
+
+
+@pytest.mark.usefixtures("local")
+def test_a_connection_that_the_system_closed_is_not_used_again():
+    seen = []
+
+    def behave(connection, request):
+        seen.append(request.split(b" ", 2)[1])
+        connection.sendall(answer_bytes(b"{}"))
+
+    with serve(behave) as base:
+        for n in range(4):
+            assert Session(base_url=base).send("POST", f"x{n}").status == 200
+            time.sleep(0.05)  # that it was closed takes a moment to arrive
+    assert seen == [b"/x0", b"/x1", b"/x2", b"/x3"]
+
+
+@pytest.mark.usefixtures("local")
+def test_a_connection_that_was_idle_for_too_long_is_not_used_again(monkeypatch):
+    monkeypatch.setattr(guard, "KEPT_SECONDS", 0.1)
+    opened = []
+
+    def behave(connection, request):
+        opened.append(connection.getpeername())
+        connection.sendall(answer_bytes(b"{}"))
+        return KEEP
+
+    with serve(behave) as one, serve(behave) as other:
+        for base in (one, one, other):
+            Session(base_url=base).send("POST", "x")
+        assert len(set(opened)) == 2
+        time.sleep(0.2)
+        Session(base_url=other).send("POST", "x")
+        assert len(set(opened)) == 3
+        # Those that nobody asked for went, too.
+        assert len(guard.shared_client()._only._pool._places) == 1
 
 
 @pytest.mark.parametrize("value", ["k\r\nX-Evil: 1", "schlüssel-geheim"])
