@@ -274,9 +274,21 @@ def _grown(table: str, number: int) -> None:
         transaction.on_commit(partial(_analyze, table), robust=True)
 
 
+_DOUBLED = (
+    "SELECT pg_relation_size(oid) >= 2 * relpages::bigint * current_setting('block_size')::bigint"
+    " FROM pg_class WHERE oid = %s::regclass"
+)
+
+
 def _analyze(table: str) -> None:
+    """Count a table again, unless somebody has since it was half as large: what one process puts into a table is little
+    beside what is there, or what others put there.
+    """
+    name = connection.ops.quote_name(table)
     with connection.cursor() as cursor:
-        cursor.execute(f"ANALYZE {connection.ops.quote_name(table)}")
+        cursor.execute(_DOUBLED, [name])
+        if cursor.fetchone() == (True,):
+            cursor.execute(f"ANALYZE {name}")
 
 
 def update(rows: Sequence[models.Model], names: Iterable[str]) -> None:
