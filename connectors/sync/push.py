@@ -414,7 +414,7 @@ class _Sender:
                 break
             batch = self.queue.popleft()
             for one in batch.sendings:
-                one.begun = now
+                one.ends = now + timedelta(seconds=self.session.deadline)
             self.running[self.pool.submit(_call, self.part, self.session, batch)] = batch
 
     def _collect(self) -> None:

@@ -14,7 +14,6 @@ from connectors.exceptions import ConnectorError, Rejected, RetryLater
 from connectors.models import Connection, CustomerLink, PushIntent, SyncRun
 from connectors.provider import Capabilities, Outgoing, Provider, Record
 from connectors.states import LinkState
-from connectors.sync.claim import LEASE
 
 CREATED, UPDATED, UNCHANGED = "created", "updated", "unchanged"
 REFUSED, RETRYING, UNCERTAIN, SKIPPED = "refused", "retrying", "uncertain", "skipped"
@@ -56,7 +55,7 @@ class Sending:
     """One link on its way: the call, what is sent of which version, and what came back.
 
     `existing` is the record that a look-up is about, when its id is known. `seq` is the link's `sync_seq` when a read
-    began: if it has moved by the time of the answer, the answer is old. `begun` is when the call began.
+    began: if it has moved by the time of the answer, the answer is old. `ends` is when the call's time is up.
     """
 
     link: CustomerLink
@@ -66,7 +65,7 @@ class Sending:
     existing: str = ""
     seq: int = 0
     rounds: int = 0
-    begun: datetime | None = None
+    ends: datetime | None = None
     answer: Result = None
 
     @property
@@ -78,7 +77,7 @@ class Sending:
 
         That it was lost early, by a reset say, tells nothing of how long the system may still be at it.
         """
-        return max(now, (self.begun or now) + LEASE / 2) + timedelta(seconds=life)
+        return max(now, self.ends or now) + timedelta(seconds=life)
 
 
 @dataclass(kw_only=True)

@@ -290,7 +290,7 @@ def test_a_create_that_was_lost_early_is_looked_for_when_it_must_be_dead(here: H
     system.request()
     system.push()
     provider.create = works
-    here.clock.sleep(LEASE.total_seconds() / 2 + 119)
+    here.clock.sleep(system.session.deadline + 119)
     system.push()
     works(system.session, system.connection, sent[0])  # it lands at the last moment
     here.clock.sleep(600)

@@ -265,7 +265,8 @@ class Histories(RuleBasedStateMachine):
         for one in list(self.flying):
             if not one.dead and self.clock.now + timedelta(seconds=seconds) - one.since > DEADLINE:
                 self.keep_lost(one)
-            if self.clock.now + timedelta(seconds=seconds) - one.since > DEADLINE + LIFE:
+            # A little early: between two waits, too, some time goes by.
+            if self.clock.now + timedelta(seconds=seconds + 1) - one.since > DEADLINE + LIFE:
                 self.flying.remove(one)
                 if arrives:
                     self.arrive(one, kept=False)
@@ -418,7 +419,7 @@ class Histories(RuleBasedStateMachine):
 
     def fly(self, where: int, token: str, sendings: Sequence[Sending]) -> None:
         for one in sendings:
-            one.begun = self.clock.now
+            one.ends = self.clock.now + DEADLINE
         self.flying += [Flying(where, one, token, self.clock.now) for one in sendings]
 
     def arrive(self, one: Flying, *, kept: bool) -> None:
