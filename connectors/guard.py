@@ -263,6 +263,7 @@ class _Connections(httpcore2.ConnectionPool):
 
     def close(self) -> None:
         with self._lock:
+            self._most = -1  # nor is what is under way kept when it is over
             idle, self._places, self._of_place = list(self._places), {}, {}
         for connection in idle:
             connection.close()

@@ -255,6 +255,26 @@ def test_calls_side_by_side_have_a_connection_each_and_few_are_kept(monkeypatch,
 
 
 @pytest.mark.usefixtures("local")
+def test_a_connection_in_use_is_not_kept_once_its_client_is_closed():
+    begun, goes_on = threading.Event(), threading.Event()
+
+    def behave(connection, request):
+        begun.set()
+        goes_on.wait(10)
+        connection.sendall(answer_bytes(b"{}"))
+        return KEEP
+
+    with serve(behave) as base, ThreadPoolExecutor(1) as thread:
+        answered = thread.submit(Session(base_url=base).send, "POST", "x")
+        assert begun.wait(10)
+        pool = guard.shared_client()._only._pool
+        guard.close_shared_client()
+        goes_on.set()
+        assert answered.result(10).status == 200
+        assert pool._places == {}
+
+
+@pytest.mark.usefixtures("local")
 def test_a_connection_that_the_system_closed_is_not_used_again():
     seen = []
 
