@@ -24,11 +24,6 @@ from connectors.providers import PROVIDERS
 from customers.models import Organization
 
 
-def pytest_xdist_auto_num_workers() -> int:
-    """One more than there are cores: many tests wait for processes, clocks and browsers."""
-    return len(os.sched_getaffinity(0)) + 1
-
-
 @pytest.fixture(autouse=True)
 def _providers_as_written_down() -> Iterator[None]:
     """Take back what a test adds to the list of providers."""
